@@ -1,0 +1,211 @@
+"""The ``fpo`` command: run and plan recipes, look at the store, write reports.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Heavy libraries are imported inside
+the commands, so that ``--help`` is quick.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fpo_core.errors import FPOError, RecipeError
+from fpo_core.quiet import set_quiet_defaults
+
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+
+EXAMPLES = """
+Align a model to preference pairs while holding its SAE features near a reference's (FPO).
+
+Examples:
+
+  fpo run quickstart                              the whole pipeline, on a CPU, in minutes
+  fpo run quickstart --set train.alpha=1.0        only training and evaluation run again
+  fpo run quickstart --set train.method=dpo       another objective from the same caches
+  fpo run quickstart --only features --force      one stage by itself
+  fpo plan gemma2b                                what would run, before anything runs
+  fpo store ls                                    what is stored
+  fpo report quickstart                           the report of a finished run
+"""
+
+app = typer.Typer(
+    help=EXAMPLES, no_args_is_help=True, rich_markup_mode=None, add_completion=False,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+
+Recipe = Annotated[
+    str, typer.Argument(help="A shipped recipe (quickstart, gemma2b, ...) or a .yaml file.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a setting; can be repeated."),
+]
+StoreUrl = Annotated[
+    str,
+    typer.Option("--store", envvar="FPO_STORE", help="Artifact store: a folder, or file:///..."),
+]
+DEFAULT_STORE = "fpo-store"
+
+
+@app.command(epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.")
+def run(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    from_stage: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STAGE", help="This stage and the later ones."),
+    ] = None,
+    only_stage: Annotated[
+        str | None, typer.Option("--only", metavar="STAGE", help="This stage alone.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compute the selected stages even where done.")
+    ] = False,
+    report_folder: Annotated[
+        str | None,
+        typer.Option(
+            "--report", metavar="DIR", help="Where the report goes [reports/RECIPE-METHOD]."
+        ),
+    ] = None,
+    store: StoreUrl = DEFAULT_STORE,
+) -> None:
+    """Run a recipe: tokenize, reference, features, train, evaluate.
+
+    Stages that are done are reused; a run that was interrupted goes on where it stopped.
+
+      fpo run quickstart
+      fpo run quickstart --set train.method=simpo --set train.seed=1
+      fpo run quickstart --from train --force
+    """
+    from fpo_core.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])  # wrong usage shows before anything starts
+    if (Path(store) / "artifacts").is_dir() is False:
+        logging.getLogger("fpo").info("store: %s (new)", store)
+    from flows.pipeline import fpo_pipeline
+
+    logging.getLogger("fpo").info("recipe %s, method %s", settings.name, settings.train.method)
+    fpo_pipeline(
+        recipe=recipe, overrides=overrides or [], from_stage=from_stage, only_stage=only_stage,
+        force=force, store=store, report_folder=report_folder,
+    )  # fmt: skip
+
+
+@app.command()
+def plan(recipe: Recipe, overrides: Overrides = None, store: StoreUrl = DEFAULT_STORE) -> None:
+    """Show which stages would be reused, resumed or computed, before anything runs.
+
+    fpo plan quickstart --set train.alpha=1.0
+    """
+    from cli.show import print_plan
+    from fpo_core.recipe import load_recipe
+    from storage.store import open_store
+    from tasks.plan import make_plan
+
+    settings = load_recipe(recipe, overrides or [])
+    artifacts = open_store(store)
+    print_plan(settings, make_plan(settings, artifacts), artifacts)
+
+
+@app.command()
+def report(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder [reports/RECIPE-METHOD].")
+    ] = None,
+    store: StoreUrl = DEFAULT_STORE,
+) -> None:
+    """Write the report of a finished run again, from its stored artifacts.
+
+    fpo report quickstart --set train.method=dpo -o reports/dpo
+    """
+    from flows.pipeline import default_report_folder
+    from fpo_core.recipe import load_recipe
+    from storage.store import open_store
+    from tasks.plan import make_plan
+    from tasks.report import write_report
+    from tasks.run import PipelineRun
+
+    settings = load_recipe(recipe, overrides or [])
+    artifacts = open_store(store)
+    planned = make_plan(settings, artifacts)
+    unfinished = [name for name, stage in planned.stages.items() if stage.state != "complete"]
+    if unfinished:
+        raise FPOError(
+            f"recipe {settings.name!r} has not finished in the store {store!r}: "
+            f"{', '.join(unfinished)} missing; run `fpo run {recipe}` with the same --set first"
+        )
+    pipeline = PipelineRun(settings, artifacts, planned, frozenset())
+    write_report(pipeline, output or default_report_folder(pipeline))
+
+
+store_app = typer.Typer(
+    help="Look at the artifact store.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(store_app, name="store")
+
+
+@store_app.command("ls")
+def store_ls(store: StoreUrl = DEFAULT_STORE) -> None:
+    """List the artifacts: stage, version, state, rows, size, age and who refers to them."""
+    from cli.show import print_artifacts
+    from storage.store import open_store
+
+    print_artifacts(open_store(store))
+
+
+@store_app.command("show")
+def store_show(
+    artifact: Annotated[str, typer.Argument(help="STAGE/VERSION, or the start of a version.")],
+    store: StoreUrl = DEFAULT_STORE,
+) -> None:
+    """Show one artifact's manifest: inputs, settings, statistics, files."""
+    from cli.show import print_artifact
+    from storage.store import open_store
+
+    print_artifact(open_store(store), artifact)
+
+
+def main() -> None:
+    """Entry point of the ``fpo`` command."""
+    set_quiet_defaults()
+    # Prefect's own log lines are for its UI; here a person reads ours.
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_ENABLED", "false")
+    _log_to_terminal()
+    from storage.errors import StoreError
+
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except RecipeError as error:
+        _fail(error, WRONG_USAGE)
+    except (FPOError, StoreError) as error:
+        _fail(error, FAILED)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
+            error.show()  # pyright: ignore[reportAttributeAccessIssue]
+            sys.exit(WRONG_USAGE)
+        raise
+
+
+def _fail(error: Exception, code: int) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _log_to_terminal() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("fpo")
+    logger.setLevel(os.environ.get("FPO_LOG", "INFO"))
+    logger.addHandler(handler)
+    logger.propagate = False

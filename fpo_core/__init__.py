@@ -1,0 +1,1 @@
+"""The method: tensors, models, losses, features, training, metrics. Knows no Prefect, no S3."""

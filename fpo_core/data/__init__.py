@@ -1,0 +1,1 @@
+"""Preference data: reading rows, tokenizing pairs, batches."""

@@ -1,0 +1,149 @@
+"""Batches of pairs: one row a pair, its prompt computed once for both responses.
+
+A row is ``prompt + chosen + rejected``. The rejected part restarts its position ids after the
+prompt and does not see the chosen part, so each response is read exactly as if it followed the
+prompt alone (the numbers agree to rounding; tests pin it) at the cost of one prompt.
+
+*Scored positions* are defined here and nowhere else: a response token is scored at the position
+that predicts it, so a response of n tokens is scored at the prompt's last position and at its own
+first n - 1. Log-probs, feature pooling and evaluation all read these positions, flattened over
+the batch, and padding never reaches them.
+
+Shapes: B pairs, T padded length, R = 2B responses (2i chosen, 2i + 1 rejected), N scored tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1
+
+
+class PairIds(NamedTuple):
+    """Token ids of one pair."""
+
+    pair_id: str
+    prompt: Sequence[int]
+    chosen: Sequence[int]
+    rejected: Sequence[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the pair's row."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+class PairBatch(NamedTuple):
+    """Tensors of a batch of pairs."""
+
+    pair_ids: tuple[str, ...]
+    input_ids: Tensor  # [B, T] int64
+    position_ids: Tensor  # [B, T] int64
+    segments: Tensor  # [B, T] int64: PROMPT, CHOSEN, REJECTED or PADDING
+    positions: Tensor  # [N] int64: flat index into B*T of each scored position
+    targets: Tensor  # [N] int64: the token predicted there
+    response: Tensor  # [N] int64: which response it belongs to, in 0..R-1, ascending
+    lengths: Tensor  # [R] int64: scored tokens of each response
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        return int((self.segments != PADDING).sum())
+
+
+def collate(pairs: Sequence[PairIds], pad_id: int = 0, device: str = "cpu") -> PairBatch:
+    """Build a batch.
+
+    Args:
+        pairs: the pairs; every response has at least one token.
+        pad_id: id that fills rows to one length (never read).
+        device: torch device of the tensors.
+    """
+    width = max(pair.length for pair in pairs)
+    shape = (len(pairs), width)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    position_ids = torch.zeros(shape, dtype=torch.int64)
+    segments = torch.full(shape, PADDING, dtype=torch.int64)
+    positions: list[int] = []
+    targets: list[int] = []
+    lengths: list[int] = []
+    for row, pair in enumerate(pairs):
+        start = 0
+        parts = ((PROMPT, pair.prompt), (CHOSEN, pair.chosen), (REJECTED, pair.rejected))
+        for segment, ids in parts:
+            assert len(ids) > 0, f"pair {pair.pair_id} has an empty part"
+            stop, first = start + len(ids), 0 if segment == PROMPT else len(pair.prompt)
+            input_ids[row, start:stop] = torch.as_tensor(ids)
+            position_ids[row, start:stop] = torch.arange(first, first + len(ids))
+            segments[row, start:stop] = segment
+            if segment != PROMPT:
+                base = row * width
+                positions += [base + len(pair.prompt) - 1, *range(base + start, base + stop - 1)]
+                targets += list(ids)
+                lengths.append(len(ids))
+            start = stop
+    counts = torch.tensor(lengths)
+    batch = PairBatch(
+        tuple(pair.pair_id for pair in pairs),
+        input_ids, position_ids, segments,
+        torch.tensor(positions), torch.tensor(targets, dtype=torch.int64),
+        torch.repeat_interleave(torch.arange(len(lengths)), counts), counts,
+    )  # fmt: skip
+    if device == "cpu":
+        return batch
+    return PairBatch(batch.pair_ids, *(tensor.to(device) for tensor in batch[1:]))
+
+
+def attention_mask(batch: PairBatch, config: Any, dtype: torch.dtype) -> Any:
+    """The 4-d mask [B, 1, T, T] that keeps the two responses of a row apart.
+
+    Models with sliding-window layers (Gemma-2, Gemma-3) get a mapping of one mask a layer type,
+    the form that transformers accepts from callers that made their masks themselves.
+
+    Args:
+        batch: the batch.
+        config: the model's configuration.
+        dtype: dtype of the attention logits, to which an additive mask is made for ``eager``.
+    """
+    index = torch.arange(batch.segments.shape[1], device=batch.segments.device)
+    causal = index[:, None] >= index[None, :]
+    query, key = batch.segments[:, :, None], batch.segments[:, None, :]
+    allowed = causal & ((key == PROMPT) | (key == query))  # [B, T, T]; padding sees padding only
+
+    def finish(mask: Tensor) -> Tensor:
+        if config._attn_implementation != "eager":
+            return mask[:, None]
+        zero = torch.zeros((), dtype=dtype, device=mask.device)
+        return torch.where(mask[:, None], zero, torch.finfo(dtype).min)
+
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or "sliding_attention" not in kinds:
+        return finish(allowed)
+    distance = batch.position_ids[:, :, None] - batch.position_ids[:, None, :]
+    return {
+        "full_attention": finish(allowed),
+        "sliding_attention": finish(allowed & (distance < config.sliding_window)),
+    }
+
+
+def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Group row numbers into batches of similar length, longest first.
+
+    Args:
+        lengths: tokens of each row.
+        tokens_per_batch: most tokens a batch, padding included; a longer row goes alone.
+
+    Yields:
+        Row numbers. The order depends on the lengths only, never on time or machine.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    batch: list[int] = []
+    for row in order:
+        if batch and lengths[batch[0]] * (len(batch) + 1) > tokens_per_batch:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

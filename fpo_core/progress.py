@@ -1,0 +1,94 @@
+"""Progress of long work: a bar with rate and time left in a terminal, plain lines elsewhere."""
+
+import logging
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+log = logging.getLogger("fpo.progress")
+
+LINE_EVERY_SECONDS = 15.0
+SHOW_AFTER_SECONDS = 2.0
+
+
+class Progress:
+    """Counts work towards a total and shows it; a context manager.
+
+    Args:
+        label: what is being done.
+        total: amount of work, in ``unit``.
+        unit: singular noun of what is counted.
+        done: what an earlier run had finished.
+    """
+
+    def __init__(self, label: str, *, total: int, unit: str, done: int = 0) -> None:
+        self.label, self.total, self.unit, self.done = label, total, unit, done
+        self._began_at = done
+        self._start = self._last_line = time.monotonic()
+        self._bar: RichProgress | None = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            self._bar = RichProgress(
+                TextColumn("  {task.description:<22}"),
+                BarColumn(bar_width=28),
+                TextColumn("{task.percentage:>3.0f} %"),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._bar.add_task(self.label, total=self.total, completed=self.done, rate="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the work began."""
+        return time.monotonic() - self._start
+
+    @property
+    def rate(self) -> float:
+        """Units a second in this run."""
+        return (self.done - self._began_at) / max(self.seconds, 1e-9)
+
+    def advance(self, amount: int, note: str = "") -> None:
+        """Count work as done.
+
+        Args:
+            amount: units finished since the last call.
+            note: a short remark to show beside the rate, such as the current loss.
+        """
+        self.done += amount
+        rate = (
+            f"{self.rate:,.1f} {self.unit}s/s {note}"
+            if self.rate < 20
+            else (f"{self.rate:,.0f} {self.unit}s/s {note}")
+        )
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self.done, rate=rate)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= LINE_EVERY_SECONDS and self.done < self.total:
+            self._last_line = now
+            left = (self.total - self.done) / max(self.rate, 1e-9)
+            log.info(
+                "%s: %d of %d %ss (%.0f %%), %s, about %.0f s left",
+                self.label, self.done, self.total, self.unit,
+                100 * self.done / max(self.total, 1), rate.strip(), left,
+            )  # fmt: skip

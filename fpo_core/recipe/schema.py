@@ -1,0 +1,181 @@
+"""The settings of a recipe. Frozen; an unknown key is an error; equal recipes have equal digests.
+
+Nothing derived, dated or random lives here. Settings that do not change a stage's result
+(threads, batch sizes of inference passes) are under ``resources`` and never enter a version.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Method = Literal["fpo", "dpo", "simpo"]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+# Defaults by method, used where a recipe leaves the setting out (DESIGN section 5).
+DEFAULT_BETA: dict[str, float] = {"fpo": 0.1, "dpo": 0.1, "simpo": 2.0}
+DEFAULT_GAMMA = 0.5
+DEFAULT_ALPHA = 0.5
+
+
+class Settings(BaseModel):
+    """Base of every section: frozen, strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(Settings):
+    """The language model that is both reference and starting point of the policy."""
+
+    source: str = Field(description="hub id, model folder, or package:NAME/FILE.gguf")
+    revision: str | None = Field(default=None, description="hub revision (branch, tag or commit)")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="dtype of the inference passes; training keeps float32 masters",
+    )
+    attention: Literal["eager", "sdpa"] = Field(
+        default="sdpa", description="attention implementation; Gemma-2 soft-caps its logits: eager"
+    )
+
+
+class DataSettings(Settings):
+    """Preference data and how it becomes tokens."""
+
+    train: tuple[str, ...] = Field(description="files (JSON, JSONL, Parquet) or hub datasets")
+    heldout: tuple[str, ...] = Field(description="the same, for held-out pairs")
+    limit: Count | None = Field(
+        default=None, description="use at most this many pairs of each split"
+    )
+    template: Literal["model", "halos"] = Field(
+        default="model",
+        description="chat template: the model's own, or the paper's for base models",
+    )
+    max_length: Count = Field(default=2048, description="longest prompt + response, in tokens")
+    max_prompt_length: Count = Field(default=1024, description="longest prompt, in tokens")
+    shard_pairs: Count = Field(default=512, description="pairs a shard")
+
+
+class SaeTextSettings(Settings):
+    """One source of text that an SAE is trained on."""
+
+    path: str = Field(description="JSON or JSONL file")
+    kind: Literal["text", "instruction", "preference", "arena"] = Field(
+        description="`text` rows, instruction/input/output rows, preference pairs, or Arena-Hard answers"
+    )
+
+
+class SaeTrainSettings(Settings):
+    """How to train an SAE where none is published (batch-top-k, saved as JumpReLU)."""
+
+    text: tuple[SaeTextSettings, ...] = Field(description="training text")
+    context_length: Count = Field(default=256, description="tokens a training window")
+    max_tokens: Count = Field(
+        default=1_000_000, description="most tokens whose activations are collected"
+    )
+    heldout_share: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        default=0.04, description="share of the windows kept out, for the quality report"
+    )
+    d_sae: Count = Field(description="dictionary size")
+    k: Positive = Field(description="mean active features a token while training")
+    steps: Count = Field(description="optimizer steps")
+    batch_tokens: Count = Field(default=4096, description="activations a step")
+    lr: Positive = Field(description="peak learning rate, decayed to zero over the last fifth")
+    warmup_steps: int = Field(default=200, ge=0, description="linear warm-up")
+    seed: int = Field(default=0, description="order of activations and initial weights")
+
+
+class SaeSettings(Settings):
+    """The sparse autoencoder: a stored one (`source`) or one to train (`train`)."""
+
+    source: str | None = Field(
+        default=None, description="sae-lens folder, or release:sae_id of sae-lens' directory"
+    )
+    train: SaeTrainSettings | None = Field(default=None, description="train one in the `sae` stage")
+    layer: Annotated[int, Field(ge=0)] = Field(description="decoder block, from 0")
+    site: Literal["resid_post"] = Field(default="resid_post", description="hookpoint")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "SaeSettings":
+        if (self.source is None) == (self.train is None):
+            raise ValueError("give exactly one of sae.source and sae.train")
+        return self
+
+
+class FeatureSettings(Settings):
+    """What of the reference's features is cached."""
+
+    cache_k: Count = Field(default=256, description="pooled features stored a response")
+    tokens_k: Count = Field(default=32, description="features stored a token, for browsing")
+    examples: Count = Field(default=10, description="top examples stored a feature")
+
+
+class TrainSettings(Settings):
+    """The preference-optimization run."""
+
+    method: Method = Field(default="fpo", description="objective")
+    beta: Positive | None = Field(default=None, description="default: 0.1 (fpo, dpo), 2.0 (simpo)")
+    gamma: NonNegative | None = Field(
+        default=None, description="SimPO's target margin; default 0.5"
+    )
+    alpha: NonNegative | None = Field(
+        default=None, description="FPO's constraint weight; default 0.5"
+    )
+    k: Count = Field(default=50, description="features of the discrepancy (top-k of each side)")
+    stop_gradient: bool = Field(default=True, description="stop-gradient on the chosen discrepancy")
+    lr: Positive = Field(default=5e-7, description="peak learning rate")
+    warmup_steps: int = Field(default=150, ge=0, description="linear warm-up, then constant")
+    epochs: Count = 1
+    batch_size: Count = Field(default=32, description="pairs an optimizer step, over all ranks")
+    optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"
+    max_grad_norm: Positive = Field(default=10.0, description="gradient clipping")
+    activation_checkpointing: bool = False
+    zero_stage: Literal[0, 1, 2] = Field(default=0, description="DeepSpeed ZeRO stage")
+    seed: int = Field(default=0, description="data order")
+
+    @model_validator(mode="after")
+    def _only_the_methods_own(self) -> "TrainSettings":
+        if self.alpha is not None and self.method != "fpo":
+            raise ValueError(
+                f"train.alpha weighs the feature constraint, which {self.method} has not; "
+                f"leave it out, or set train.method=fpo"
+            )
+        if self.gamma is not None and self.method != "simpo":
+            raise ValueError(f"train.gamma is SimPO's target margin; {self.method} has none")
+        return self
+
+
+class EvaluationSettings(Settings):
+    """Held-out metrics and sampled answers."""
+
+    prompts: Annotated[int, Field(ge=0)] = Field(
+        default=12, description="held-out prompts answered"
+    )
+    max_new_tokens: Count = Field(default=64, description="longest sampled answer")
+    temperature: NonNegative = Field(default=0.7, description="0 is greedy")
+    bootstrap: Count = Field(default=2000, description="bootstrap resamples for the intervals")
+    seed: int = 0
+
+
+class ResourceSettings(Settings):
+    """How the work is done; changes speed and memory, not the result."""
+
+    threads: Count | None = Field(default=None, description="CPU threads; default: all cores")
+    tokens_per_batch: Count = Field(
+        default=1024, description="tokens a forward pass, padding included"
+    )
+    ranks: Count = Field(default=1, description="training worker processes")
+
+
+class Recipe(Settings):
+    """Everything one pipeline run needs to know."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
+    description: str = ""
+    model: ModelSettings
+    data: DataSettings
+    sae: SaeSettings
+    features: FeatureSettings = FeatureSettings()
+    train: TrainSettings = TrainSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    resources: ResourceSettings = ResourceSettings()

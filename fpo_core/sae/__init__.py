@@ -1,0 +1,1 @@
+"""Sparse autoencoders: loading, encoding, training, and how good they are."""

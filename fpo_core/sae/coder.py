@@ -1,0 +1,149 @@
+"""A sparse autoencoder for reading features: encode whole, or only some columns with gradient.
+
+Reads sae-lens' disk format (``cfg.json`` and ``sae_weights.safetensors``) directly, since
+importing sae-lens takes seconds in every worker; tests hold it equal to sae-lens' own ``encode``.
+What an SAE declares is honoured or refused by name, never ignored. Encoding is float32.
+
+Shapes: N tokens, F = d_sae.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fpo_core.errors import FPOError
+
+ARCHITECTURES = ("standard", "jumprelu")
+CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+
+
+class SparseCoder(NamedTuple):
+    """Weights of a ReLU (``standard``) or JumpReLU SAE, in float32."""
+
+    W_enc: Tensor  # [d_in, F]
+    b_enc: Tensor  # [F]
+    threshold: Tensor  # [F]; zeros for ReLU
+    W_dec: Tensor  # [F, d_in]
+    b_dec: Tensor  # [d_in]
+    centred: bool  # b_dec is subtracted from the input (apply_b_dec_to_input)
+    hook: str  # the hookpoint it declares, "" when it declares none
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations it reads."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return self.W_enc.shape[1]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Feature activations [N, F] of activations [N, d_in]."""
+        return _jump(self._centre(x) @ self.W_enc + self.b_enc, self.threshold)
+
+    def encode_columns(self, x: Tensor, columns: Tensor) -> Tensor:
+        """Activations [N, m] of the features ``columns`` [m] alone, with gradient to ``x``."""
+        pre_acts = self._centre(x) @ self.W_enc[:, columns] + self.b_enc[columns]
+        return _jump(pre_acts, self.threshold[columns])
+
+    def decode(self, acts: Tensor) -> Tensor:
+        """Reconstruction [N, d_in] of the activations."""
+        return acts @ self.W_dec + self.b_dec
+
+    def _centre(self, x: Tensor) -> Tensor:
+        x = x.float()
+        return x - self.b_dec if self.centred else x
+
+    def to(self, device: str) -> "SparseCoder":
+        """The same coder on another device."""
+        moved = [part.to(device) if isinstance(part, Tensor) else part for part in self]
+        return SparseCoder(*moved)  # pyright: ignore[reportArgumentType]
+
+
+def _jump(pre_acts: Tensor, threshold: Tensor) -> Tensor:
+    return torch.where(pre_acts > threshold, pre_acts, 0.0).clamp_min(0.0)
+
+
+def load_coder(folder: Path) -> SparseCoder:
+    """Load an SAE from a folder in sae-lens' disk format.
+
+    Raises:
+        FPOError: files missing or unreadable, or a declared behaviour that is not supported.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = read_config(folder)
+    _refuse_unsupported(config, folder)
+    try:
+        state = {name: value.float() for name, value in load_file(folder / WEIGHTS_FILE).items()}
+    except (FileNotFoundError, SafetensorError) as error:
+        raise FPOError(f"SAE {folder}: {WEIGHTS_FILE} is missing or damaged ({error})") from error
+    threshold = state.get("threshold", torch.zeros_like(state["b_enc"]))
+    coder = SparseCoder(
+        state["W_enc"], state["b_enc"], threshold, state["W_dec"], state["b_dec"],
+        bool(config.get("apply_b_dec_to_input", True)),
+        str((config.get("metadata") or {}).get("hook_name") or ""),
+    )  # fmt: skip
+    declared = (config["d_in"], config["d_sae"])
+    if tuple(coder.W_enc.shape) != declared:
+        raise FPOError(
+            f"SAE {folder}: weights are {tuple(coder.W_enc.shape)}, cfg.json says {declared}"
+        )
+    return coder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The SAE's ``cfg.json``."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FPOError(
+            f"SAE {str(folder)!r}: no {CONFIG_FILE} there. Give a folder in sae-lens' disk format "
+            f"({CONFIG_FILE}, {WEIGHTS_FILE}) or release:sae_id from sae-lens' directory"
+        )
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise FPOError(f"SAE {path}: not JSON (line {error.lineno}: {error.msg})") from error
+
+
+def _refuse_unsupported(config: dict[str, Any], folder: Path) -> None:
+    architecture = config.get("architecture", "standard")
+    if architecture not in ARCHITECTURES:
+        raise FPOError(
+            f"SAE {folder}: architecture {architecture!r} is not supported yet; supported: "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    for key in ("normalize_activations", "reshape_activations"):
+        if config.get(key, "none") not in ("none", None):
+            raise FPOError(
+                f"SAE {folder}: {key}={config[key]!r} is not supported; fold it into the weights"
+            )
+
+
+def check_fits(
+    coder: SparseCoder, hidden_size: int, layer: int, num_layers: int, name: str
+) -> None:
+    """Refuse an SAE that was not made for this model's layer.
+
+    Raises:
+        FPOError: d_in differs from the model's hidden size, the layer does not exist, or the SAE
+            declares another hookpoint.
+    """
+    if coder.d_in != hidden_size:
+        raise FPOError(
+            f"SAE {name}: it reads activations of width {coder.d_in} (d_in), the model's hidden size "
+            f"is {hidden_size}; choose an SAE trained on this model"
+        )
+    if layer >= num_layers:
+        raise FPOError(f"sae.layer={layer}: the model has layers 0 to {num_layers - 1}")
+    expected = f"blocks.{layer}.hook_resid_post"
+    if coder.hook and coder.hook != expected:
+        raise FPOError(
+            f"SAE {name}: it declares the hookpoint {coder.hook!r}, the recipe asks for layer "
+            f"{layer} resid_post ({expected!r}); set sae.layer to the SAE's own"
+        )

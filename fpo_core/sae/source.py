@@ -1,0 +1,71 @@
+"""Where a published or stored SAE comes from, and what identifies it."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from fpo_core.errors import FPOError
+from fpo_core.models.source import ModelIdentity, cache_folder, file_digest
+from fpo_core.sae.coder import CONFIG_FILE, WEIGHTS_FILE, read_config
+
+
+def is_release(source: str) -> bool:
+    """Whether the source is written ``release:sae_id`` (an entry of sae-lens' directory)."""
+    return ":" in source and not Path(source).expanduser().exists()
+
+
+def identify_sae(source: str) -> ModelIdentity:
+    """Content identity of an SAE: the digest of its files, once they are here.
+
+    A release that was never fetched is identified by its name and marked unresolved.
+    """
+    if is_release(source) and not _release_folder(source).is_dir():
+        return ModelIdentity(f"sae:{source}", resolved=False)
+    folder = _release_folder(source) if is_release(source) else local_folder(source)
+    parts = {name: file_digest(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return ModelIdentity(f"sae:{digest}")
+
+
+def local_folder(source: str) -> Path:
+    """The folder of a local SAE, checked to be one."""
+    folder = Path(source).expanduser()
+    read_config(folder)
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise FPOError(f"SAE {source!r}: no {WEIGHTS_FILE} in the folder")
+    return folder
+
+
+def sae_folder(source: str) -> Path:
+    """A folder in sae-lens' disk format, fetched through sae-lens when it is a release.
+
+    Raises:
+        FPOError: when it is not there or cannot be fetched.
+    """
+    if not is_release(source):
+        return local_folder(source)
+    target = _release_folder(source)
+    if target.is_dir():
+        return target
+    from sae_lens import SAE
+
+    release, _, sae_id = source.partition(":")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".fetching-", dir=target.parent))
+    try:
+        SAE.from_pretrained(release, sae_id, device="cpu").save_model(scratch)
+        scratch.rename(target)
+    except Exception as error:
+        raise FPOError(
+            f"SAE {source!r} could not be fetched ({type(error).__name__}: {error}). Check the "
+            f"release and id, and the network; or put its folder here and set sae.source to it"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _release_folder(source: str) -> Path:
+    return cache_folder() / "saes" / source.replace("/", "__").replace(":", "--")

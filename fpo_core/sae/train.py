@@ -1,0 +1,163 @@
+"""Train an SAE with sae-lens on collected activations.
+
+Batch-top-k (Bussmann et al. 2024): k features a token on average over the batch, with sae-lens'
+auxiliary loss that revives dead ones; saved as JumpReLU, the form of Gemma Scope.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fpo_core.progress import Progress
+from fpo_core.recipe.schema import SaeTrainSettings
+
+log = logging.getLogger("fpo.sae")
+
+# A token whose norm is this many times the median is an attention sink.
+SINK_FACTOR = 10.0
+
+
+class ActivationOrder:
+    """Endless batches of activations, each epoch in its own seeded order.
+
+    Args:
+        activations: float16 [tokens, d_in].
+        rows: the rows to train on.
+        batch: rows a batch.
+        seed: of the order.
+        scale: factor on every value.
+    """
+
+    def __init__(
+        self, activations: np.memmap, rows: np.ndarray, batch: int, seed: int, scale: float
+    ) -> None:
+        self.activations, self.rows, self.batch = activations, rows, batch
+        self.seed, self.scale = seed, scale
+        self.step = 0
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        per_epoch = len(self.rows) // self.batch
+        epoch, index = divmod(self.step, per_epoch)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        rows = np.sort(self._order[index * self.batch : (index + 1) * self.batch])
+        self.step += 1
+        return torch.from_numpy(self.activations[rows].astype(np.float32)) * self.scale
+
+
+class Norms(NamedTuple):
+    """What the activations' norms say."""
+
+    rows: np.ndarray  # int64: rows that are no attention sinks
+    scale: float  # gives the kept rows a mean norm of sqrt(d_in), as sae-lens normalises
+
+
+def measure_norms(activations: np.memmap, *, chunk: int = 65_536) -> Norms:
+    """Find the attention sinks and the scale of everything else.
+
+    A few tokens at the start of a text carry a norm a hundred times the others'. One of them in a
+    batch outweighs all else in a squared error, and no scored position is one: they are left out.
+    """
+    norms = np.concatenate(
+        [
+            np.linalg.norm(activations[start : start + chunk].astype(np.float32), axis=1)
+            for start in range(0, len(activations), chunk)
+        ]
+    )
+    kept = norms < SINK_FACTOR * np.median(norms)
+    scale = np.sqrt(activations.shape[1]) / norms[kept].mean()
+    return Norms(np.flatnonzero(kept), float(scale))
+
+
+def train_sae(
+    activations: np.memmap, settings: SaeTrainSettings, metadata: dict[str, Any], folder: Path
+) -> None:
+    """Train and save an SAE in sae-lens' disk format, in half precision.
+
+    Args:
+        activations: float16 [tokens, d_in].
+        settings: the recipe's ``sae.train``.
+        metadata: what the SAE should declare (model, hook, BOS handling, context size).
+        folder: receives ``cfg.json`` and ``sae_weights.safetensors``.
+    """
+    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    torch.manual_seed(settings.seed)
+    norms = measure_norms(activations)
+    sae = BatchTopKTrainingSAE(
+        BatchTopKTrainingSAEConfig(
+            d_in=activations.shape[1],
+            d_sae=settings.d_sae,
+            k=settings.k,
+            device="cpu",
+            dtype="float32",
+            apply_b_dec_to_input=True,
+            normalize_activations="none",
+        )
+    )
+    for key, value in metadata.items():
+        sae.cfg.metadata[key] = value
+    order = ActivationOrder(
+        activations, norms.rows, settings.batch_tokens, settings.seed, norms.scale
+    )
+    with torch.no_grad():
+        sae.b_dec.copy_(next(order).mean(0))
+    order.step = 0
+    trainer = SAETrainer(
+        SAETrainerConfig(
+            total_training_samples=settings.steps * settings.batch_tokens,
+            train_batch_size_samples=settings.batch_tokens,
+            lr=settings.lr,
+            lr_end=0.0,
+            lr_warm_up_steps=settings.warmup_steps,
+            lr_decay_steps=settings.steps // 5,
+            device="cpu",
+            dead_feature_window=200,
+            feature_sampling_window=500,
+            logger=LoggingConfig(log_to_wandb=False),
+        ),
+        sae,
+        order,
+    )
+    with Progress("SAE training", total=settings.steps, unit="step") as progress:
+        for _ in range(settings.steps):
+            trainer.maybe_reset_sparsity()
+            out = trainer.step(next(order))
+            trainer.n_training_steps += 1
+            progress.advance(1, note=_note(trainer, out))
+    trainer.set_final_sae_metadata()
+    # The SAE learned on scaled activations: folding the scale makes it read the model's own.
+    sae.fold_activation_norm_scaling_factor(norms.scale)
+    save_half(sae, folder)
+
+
+def _note(trainer: Any, out: Any) -> str:
+    dead = int(trainer.dead_neurons.sum())
+    return f"loss {float(out.loss.detach()):.3f}, {dead} dead"
+
+
+def save_half(sae: Any, folder: Path) -> None:
+    """Save for inference in sae-lens' disk format with float16 weights (half the size)."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, config = sae.save_inference_model(str(folder))
+    state = {name: value.to(torch.float16) for name, value in load_file(weights).items()}
+    save_file(state, weights)
+    written = json.loads(Path(config).read_text())
+    written["dtype"] = "float16"
+    Path(config).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,1 @@
+"""Training: worker processes on a DeepSpeed engine, started and watched by the train stage."""

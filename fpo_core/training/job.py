@@ -1,0 +1,52 @@
+"""What a training worker is told: one JSON file, written by the stage, read by every rank."""
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from fpo_core.recipe.schema import DEFAULT_ALPHA, DEFAULT_BETA, DEFAULT_GAMMA, TrainSettings
+
+
+class TrainingJob(BaseModel):
+    """Local files and settings of one training run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_folder: Path
+    attention: str
+    sae_folder: Path
+    layer: int
+    settings: TrainSettings
+    pairs: tuple[Path, ...]  # aligned shards: the i-th of each holds the same pairs
+    reference: tuple[Path, ...]
+    pooled: tuple[Path, ...]
+    reference_dtype: str  # dtype the caches were computed in; bounds the drift at step 0
+    tokens_per_batch: int
+    threads: int | None
+    output: Path  # receives model/ and metrics.jsonl
+
+    @property
+    def beta(self) -> float:
+        """The objective's beta, the method's default where the recipe leaves it out."""
+        given = self.settings.beta
+        return DEFAULT_BETA[self.settings.method] if given is None else given
+
+    @property
+    def alpha(self) -> float:
+        """Weight of FPO's constraint."""
+        return DEFAULT_ALPHA if self.settings.alpha is None else self.settings.alpha
+
+    @property
+    def gamma(self) -> float:
+        """SimPO's target margin."""
+        return DEFAULT_GAMMA if self.settings.gamma is None else self.settings.gamma
+
+    def save(self, path: Path) -> None:
+        """Write the job for the workers."""
+        path.write_text(self.model_dump_json(indent=2))
+
+    @classmethod
+    def load(cls, path: Path) -> "TrainingJob":
+        """Read a job file."""
+        return cls.model_validate(json.loads(path.read_text()))

@@ -1,0 +1,124 @@
+"""Start the training workers and watch them: metrics as they come, no process left behind.
+
+``torch.distributed.run`` starts the ranks of one machine. The workers stay in this process's
+group, so Prefect's cancellation and Ctrl-C reach them, and the kernel ends them when this process
+dies (parent-death signal), SIGKILL included.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fpo_core.errors import FPOError
+from fpo_core.training.job import TrainingJob
+from fpo_core.training.worker import ERROR_FILE, METRICS_FILE
+
+JOB_FILE, LOG_FILE = "job.json", "workers.log"
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1
+
+
+def run_workers(job: TrainingJob, ranks: int, on_step: Callable[[dict[str, Any]], None]) -> None:
+    """Run a training job to its end in worker processes.
+
+    Args:
+        job: the run; ``job.output`` is emptied of an earlier attempt's metrics.
+        ranks: worker processes.
+        on_step: called with every step's metrics as rank 0 writes them.
+
+    Raises:
+        FPOError: with the worker's own message, or the end of its log when it crashed.
+    """
+    if torch.cuda.is_available() and ranks > torch.cuda.device_count():
+        raise FPOError(
+            f"resources.ranks={ranks}, but this machine has {torch.cuda.device_count()} GPUs"
+        )
+    job.output.mkdir(parents=True, exist_ok=True)
+    for name in (ERROR_FILE, METRICS_FILE):
+        (job.output / name).unlink(missing_ok=True)
+    job.save(job.output / JOB_FILE)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc_per_node={ranks}", "-m", "fpo_core.training.worker",
+        str(job.output / JOB_FILE),
+    ]  # fmt: skip
+    with (job.output / LOG_FILE).open("wb") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=_environment(job),
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )  # fmt: skip
+        try:
+            for record in _follow(process, job.output / METRICS_FILE):
+                on_step(record)
+        finally:
+            _end(process)
+    if process.returncode != 0:
+        raise _failure(job.output, process.returncode)
+
+
+def _environment(job: TrainingJob) -> dict[str, str]:
+    env = dict(os.environ)
+    if not torch.cuda.is_available():
+        env["DS_ACCELERATOR"] = "cpu"
+    # The workers import this very checkout, from whatever folder the command runs in.
+    root = str(Path(__file__).resolve().parents[2])
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
+    env["OMP_NUM_THREADS"] = str(job.threads or torch.get_num_threads())
+    env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return env
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _follow(process: subprocess.Popen[bytes], metrics: Path) -> Iterator[dict[str, Any]]:
+    position, running = 0, True
+    while running:
+        running = process.poll() is None
+        if metrics.is_file():
+            with metrics.open("rb") as stream:
+                stream.seek(position)
+                for line in stream:
+                    if not line.endswith(b"\n"):
+                        break
+                    position += len(line)
+                    yield json.loads(line)
+        if running:
+            time.sleep(POLL_SECONDS)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stop the launcher, which stops its workers; by force when it takes too long."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _failure(output: Path, code: int) -> Exception:
+    error = output / ERROR_FILE
+    if error.is_file():
+        return FPOError(json.loads(error.read_text())["message"])
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        return FPOError(
+            "the training workers were killed, most likely for memory; lower "
+            "resources.tokens_per_batch or set train.activation_checkpointing=true"
+        )
+    tail = (output / LOG_FILE).read_text(errors="replace").splitlines()[-30:]
+    return RuntimeError(
+        f"the training workers failed with code {code}; the end of their log:\n" + "\n".join(tail)
+    )

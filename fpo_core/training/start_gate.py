@@ -1,0 +1,76 @@
+"""The invariant at step 0: the policy *is* the reference, so u = 0, D = 0, loss = log 2.
+
+Measured on the first batch from the real caches. A cache that was made with another model,
+tokenizer, SAE, dtype or scoring rule shows here, before an hour of GPU time is spent.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fpo_core.errors import FPOError
+
+# Largest drift of an average log-prob (nats a token) and of D relative to the features' own
+# square that rounding explains, by the dtype of the reference pass.
+LOGP_TOLERANCE = {"float32": 2e-4, "bfloat16": 5e-2}
+DISCREPANCY_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+class StartReport(NamedTuple):
+    """What was measured on the first batch."""
+
+    logp_drift: float  # largest |A_policy - A_reference|, nats a token
+    discrepancy: float  # largest D / mean square of the reference's top features
+
+
+def check_start(
+    logps: Tensor,
+    reference_logps: Tensor,
+    lengths: Tensor,
+    discrepancy: Tensor,
+    reference_values: Tensor,
+    dtype: str,
+    pair_ids: tuple[str, ...],
+) -> StartReport:
+    """Compare the untrained policy with the caches.
+
+    Args:
+        logps: [R] the policy's summed log-probs.
+        reference_logps: [R] the cached ones.
+        lengths: [R] scored tokens.
+        discrepancy: [R] feature discrepancies.
+        reference_values: [R, k] cached feature values, for scale.
+        dtype: of the reference pass.
+        pair_ids: of the batch, for the message.
+
+    Raises:
+        FPOError: naming the cache that disagrees, by how much, and what to do.
+    """
+    drift = ((logps - reference_logps).abs() / lengths).double()
+    scale = reference_values.square().sum(1).clamp_min(1e-12) / reference_values.shape[1]
+    relative = (discrepancy / scale).double()
+    report = StartReport(float(drift.max()), float(relative.max()))
+    faults = []
+    if not report.logp_drift <= LOGP_TOLERANCE[dtype]:
+        faults.append(
+            f"`reference`: the cached log-probs differ from the policy's by {report.logp_drift:.3g} "
+            f"nats a token (pair {_worst(drift, pair_ids)}; {dtype} explains {LOGP_TOLERANCE[dtype]:g})"
+        )
+    if not report.discrepancy <= DISCREPANCY_TOLERANCE[dtype]:
+        faults.append(
+            f"`features`: the discrepancy is {report.discrepancy:.3g} of the features' own size "
+            f"(pair {_worst(relative, pair_ids)}; {dtype} explains {DISCREPANCY_TOLERANCE[dtype]:g})"
+        )
+    if faults:
+        raise FPOError(
+            "before the first step the policy is the reference, but the caches disagree with it: "
+            + "; ".join(faults)
+            + ". They were made with another model, tokenizer, SAE or dtype; recompute them with "
+            "`fpo run RECIPE --from reference --force`"
+        )
+    return report
+
+
+def _worst(values: Tensor, pair_ids: tuple[str, ...]) -> str:
+    return pair_ids[int(torch.argmax(values.nan_to_num(nan=torch.inf))) // 2]

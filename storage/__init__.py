@@ -1,0 +1,1 @@
+"""Artifacts: versions, manifests, shards and where they are kept. Knows no torch."""

@@ -1,0 +1,53 @@
+"""Write and read Parquet shards: the same table always gives the same bytes."""
+
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.errors import StoreError
+
+COMPRESSION_LEVEL = 3
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as Parquet: zstd, dictionaries on ids and text, byte_stream_split on floats."""
+    floats, others = [], []
+    for path, kind in _leaves(table.schema):
+        (floats if pa.types.is_floating(kind) else others).append(path)
+    sink = io.BytesIO()
+    pq.write_table(
+        table, sink, compression="zstd", compression_level=COMPRESSION_LEVEL,
+        use_dictionary=others, use_byte_stream_split=floats, write_page_index=True,
+    )  # fmt: skip
+    return sink.getvalue()
+
+
+def check_schema(table: pa.Table, expected: pa.Schema) -> None:
+    """Refuse a table that is not of the declared schema.
+
+    Raises:
+        StoreError: naming the first field that differs.
+    """
+    if table.schema.equals(expected):
+        return
+    for want in expected:
+        index = table.schema.get_field_index(want.name)
+        got = None if index < 0 else table.schema.field(index)
+        if got is None or not got.equals(want):
+            raise StoreError(f"table field {want.name!r} should be {want}, it is {got}")
+    raise StoreError(f"table has fields {table.schema.names}, declared are {expected.names}")
+
+
+def _leaves(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
+    """Column paths as Parquet names them, with their primitive types."""
+
+    def walk(path: str, kind: pa.DataType) -> list[tuple[str, pa.DataType]]:
+        if pa.types.is_list(kind):
+            return walk(f"{path}.list.{kind.value_field.name}", kind.value_type)
+        if pa.types.is_struct(kind):
+            inner = (kind.field(i) for i in range(kind.num_fields))
+            return [leaf for field in inner for leaf in walk(f"{path}.{field.name}", field.type)]
+        return [(path, kind)]
+
+    return [leaf for field in schema for leaf in walk(field.name, field.type)]

@@ -1,0 +1,97 @@
+"""The Parquet tables: names, types and units. A public contract, documented in docs/tables.md.
+
+``side`` is ``chosen`` or ``rejected``. A scored token is a response token; its ``position`` counts
+from 0 within the response. Feature activations are in the SAE's own units.
+"""
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+
+def _field(name: str, kind: pa.DataType, description: str) -> pa.Field:
+    return pa.field(name, kind, nullable=False, metadata={"description": description})
+
+
+def _list(kind: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("item", kind, nullable=False))
+
+
+def _schema(table: str, *fields: pa.Field) -> pa.Schema:
+    return pa.schema(fields, metadata={"table": table, "schema_version": str(SCHEMA_VERSION)})
+
+
+_PAIR_ID = _field("pair_id", pa.string(), "16 hex digits derived from the pair's text")
+_SIDE = _field("side", pa.string(), "chosen or rejected")
+_EXAMPLES = _list(
+    pa.struct(
+        [
+            _field("pair_id", pa.string(), "the pair"),
+            _field("side", pa.string(), "chosen or rejected"),
+            _field("position", pa.int32(), "token of the response, from 0"),
+            _field("value", pa.float32(), "activation"),
+        ]
+    )
+)
+
+PAIRS = _schema(
+    "pairs",
+    _PAIR_ID,
+    _field("prompt_ids", _list(pa.int32()), "token ids up to the opener of the answer"),
+    _field("chosen_ids", _list(pa.int32()), "token ids of the answer, end of turn included"),
+    _field("rejected_ids", _list(pa.int32()), "token ids of the answer, end of turn included"),
+    _field("split", pa.string(), "train or heldout"),
+    _field("source", pa.string(), "file and line it came from"),
+)
+REFERENCE = _schema(
+    "reference",
+    _PAIR_ID,
+    _field("chosen_logp", pa.float64(), "log-prob summed over scored tokens, nats"),
+    _field("rejected_logp", pa.float64(), "log-prob summed over scored tokens, nats"),
+    _field("chosen_tokens", pa.int32(), "scored tokens"),
+    _field("rejected_tokens", pa.int32(), "scored tokens"),
+)
+FEATURES_POOLED = _schema(
+    "features/pooled",
+    _PAIR_ID,
+    _SIDE,
+    _field("n_tokens", pa.int32(), "scored tokens pooled over"),
+    _field("indices", _list(pa.uint32()), "stored features, by descending value"),
+    _field("values", _list(pa.float32()), "mean activation over scored tokens"),
+    _field("nonzero", pa.int32(), "features with a positive mean"),
+    _field("mass", pa.float32(), "sum of all means"),
+    _field("cutoff", pa.float32(), "largest mean that is not stored; 0 when all are"),
+)
+FEATURES_TOKENS = _schema(
+    "features/tokens",
+    _PAIR_ID,
+    _SIDE,
+    _field("position", pa.int32(), "token of the response, from 0"),
+    _field("token_id", pa.int32(), "the token at that position, predicted where it was read"),
+    _field("indices", _list(pa.uint32()), "strongest features, by descending activation"),
+    _field("values", _list(pa.float32()), "their activations"),
+    _field("nonzero", pa.int32(), "active features"),
+)
+FEATURES_STATS = _schema(
+    "features/stats",
+    _field("feature", pa.uint32(), "index in the SAE"),
+    _field("density", pa.float32(), "share of scored tokens where it is active"),
+    _field("mean", pa.float32(), "mean activation over scored tokens"),
+    _field("max", pa.float32(), "largest activation"),
+    _field("mean_chosen", pa.float32(), "mean over chosen responses of the pooled value"),
+    _field("mean_rejected", pa.float32(), "mean over rejected responses of the pooled value"),
+    _field("examples", _EXAMPLES, "strongest tokens, by descending activation"),
+)
+FEATURES_SHARD_STATS = _schema(
+    "features/shard_stats",
+    _field("feature", pa.uint32(), "index in the SAE"),
+    _field("tokens", pa.int64(), "scored tokens of the shard"),
+    _field("responses_chosen", pa.int64(), "chosen responses of the shard"),
+    _field("responses_rejected", pa.int64(), "rejected responses of the shard"),
+    _field("active", pa.int64(), "scored tokens where it is active"),
+    _field("total", pa.float64(), "sum of activations over scored tokens"),
+    _field("max", pa.float32(), "largest activation"),
+    _field("total_chosen", pa.float64(), "sum over chosen responses of the pooled value"),
+    _field("total_rejected", pa.float64(), "sum over rejected responses of the pooled value"),
+    _field("examples", _EXAMPLES, "strongest tokens of the shard"),
+)

@@ -1,0 +1,145 @@
+"""Stage ``evaluate``: the policy on held-out pairs and prompts -> the ``evaluation`` artifact."""
+
+import json
+import logging
+from typing import Any
+
+import numpy as np
+import polars as pl
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from fpo_core.evaluation.generate import Answer, Sampling, generate_answers
+from fpo_core.evaluation.heldout import HeldoutScores, score_heldout
+from fpo_core.evaluation.metrics import entropy_metric, heldout_metrics, metric_record
+from fpo_core.models.load import load_model, load_tokenizer, prepare_cpu
+from fpo_core.progress import Progress
+from fpo_core.training.examples import Example, read_examples
+from storage.store import ArtifactWriter
+from tasks.announce import announce
+from tasks.offline import attached_coder
+from tasks.run import Outcome, PipelineRun, Work
+from tasks.train import shard_paths
+
+log = logging.getLogger("fpo.stage")
+
+MOVED_FEATURES = 20
+
+
+@task(name="evaluate", task_run_name="evaluate", cache_policy=NO_CACHE)
+def evaluate(run: PipelineRun) -> Outcome:
+    """Measure the policy against the reference, with intervals, and sample answers."""
+    return announce(run.bring_about("evaluate", lambda writer: _evaluate(run, writer)))
+
+
+def _evaluate(run: PipelineRun, writer: ArtifactWriter) -> Work:
+    settings = run.recipe.evaluation
+    prepare_cpu(run.recipe.resources.threads)
+    examples = read_examples(
+        shard_paths(run.artifact("tokenize")),
+        shard_paths(run.artifact("reference")),
+        shard_paths(run.artifact("features"), "pooled"),
+        "heldout",
+    )
+    policy_folder = run.artifact("train").folder("model")
+    options = {"dtype": run.recipe.model.dtype, "attention": run.recipe.model.attention}
+    policy = load_model(policy_folder, **options)
+    reference = load_model(run.model_path(), **options)
+    tokenizer = load_tokenizer(policy_folder)
+    with Progress("held-out pairs", total=len(examples), unit="pair") as progress:
+        scores = score_heldout(
+            policy, reference, examples, attached_coder(run, reference), run.recipe.sae.layer,
+            k=run.recipe.train.k, tokens_per_batch=run.recipe.resources.tokens_per_batch,
+            on_pairs=progress.advance,
+        )  # fmt: skip
+    metrics = heldout_metrics(scores, settings.bootstrap, settings.seed)
+    answers = _answers(run, policy, reference, tokenizer, examples)
+    if answers:
+        before, after = (
+            np.array([row[f"{m}_entropy"] for row in answers]) for m in ("before", "after")
+        )
+        metrics.append(entropy_metric(after, before, settings.bootstrap, settings.seed))
+    records = [metric_record(metric) for metric in metrics]
+    scratch = writer.scratch()
+    for name, frame in (
+        ("pairs", _pair_frame(scores)),
+        ("answers", pl.DataFrame(answers)),
+        ("features", _moved_features(scores)),
+    ):
+        path = scratch / f"{name}.parquet"
+        frame.write_parquet(path)
+        writer.put_file(f"{name}.parquet", path)
+    writer.put_bytes("metrics.json", (json.dumps(records, indent=2) + "\n").encode())
+    tokens = sum(example.ids.length for example in examples)
+    summary = {record["key"]: record["policy"]["value"] for record in records}
+    return Work({"heldout_pairs": len(examples), **summary}, 2 * tokens)
+
+
+def _answers(
+    run: PipelineRun, policy: Any, reference: Any, tokenizer: Any, examples: list[Example]
+) -> list[dict[str, Any]]:
+    settings = run.recipe.evaluation
+    chosen = examples[: settings.prompts]
+    if not chosen:
+        return []
+    prompts = [list(example.ids.prompt) for example in chosen]
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.seed)
+    end_id = chosen[0].ids.chosen[-1]  # every response ends in the end-of-turn token
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id
+    found: dict[str, list[Answer]] = {}
+    with Progress("sampled answers", total=2 * len(prompts), unit="answer") as progress:
+        for name, model in (("before", reference), ("after", policy)):
+            found[name] = generate_answers(
+                model, prompts, sampling, end_id=end_id, pad_id=pad_id,
+                on_answers=progress.advance,
+            )  # fmt: skip
+    return [
+        {
+            "pair_id": example.ids.pair_id,
+            "prompt": _question(tokenizer, prompt),
+            **_answer("before", before, tokenizer),
+            **_answer("after", after, tokenizer),
+        }
+        for example, prompt, before, after in zip(
+            chosen, prompts, found["before"], found["after"], strict=True
+        )
+    ]
+
+
+def _question(tokenizer: Any, prompt: list[int]) -> str:
+    """The prompt as people read it: special tokens left out."""
+    return tokenizer.decode(prompt, skip_special_tokens=True).strip()
+
+
+def _answer(name: str, answer: Answer, tokenizer: Any) -> dict[str, Any]:
+    return {
+        name: tokenizer.decode(answer.ids, skip_special_tokens=True).strip(),
+        f"{name}_stop": answer.stop,
+        f"{name}_tokens": len(answer.ids),
+        f"{name}_entropy": answer.entropy,
+    }
+
+
+def _pair_frame(scores: HeldoutScores) -> pl.DataFrame:
+    columns: dict[str, Any] = {"pair_id": scores.pair_ids}
+    for name in ("tokens", "policy_logps", "reference_logps", "kl", "discrepancy"):
+        values = getattr(scores, name)
+        columns[f"{name}_chosen"], columns[f"{name}_rejected"] = values[:, 0], values[:, 1]
+    return pl.DataFrame(columns)
+
+
+def _moved_features(scores: HeldoutScores) -> pl.DataFrame:
+    """The features whose mean pooled activation moved most, on either side."""
+    rows = []
+    for side, name in enumerate(("chosen", "rejected")):
+        moved = scores.policy_means[side] - scores.reference_means[side]
+        for feature in np.argsort(-np.abs(moved), kind="stable")[:MOVED_FEATURES]:
+            rows.append(
+                {
+                    "feature": int(feature),
+                    "side": name,
+                    "reference": float(scores.reference_means[side][feature]),
+                    "policy": float(scores.policy_means[side][feature]),
+                }
+            )
+    return pl.DataFrame(rows)

@@ -1,0 +1,42 @@
+"""Stage ``features``: the reference's SAE features -> the ``features`` artifact."""
+
+import pyarrow as pa
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from fpo_core.features.stats import merge_stats
+from storage.schemas import FEATURES_STATS
+from storage.store import ArtifactWriter
+from tasks.announce import announce
+from tasks.offline import score_shards
+from tasks.run import Outcome, PipelineRun, Work
+
+
+@task(name="features", task_run_name="features", cache_policy=NO_CACHE)
+def features(run: PipelineRun) -> Outcome:
+    """Cache pooled, token and per-feature tables of the reference's SAE features."""
+    return announce(run.bring_about("features", lambda writer: _extract(run, writer)))
+
+
+def _extract(run: PipelineRun, writer: ArtifactWriter) -> Work:
+    tokens = score_shards(run, None, writer)
+    shards = []
+    for number in sorted(writer.finished_shards()):
+        table = writer.read_table("shard_stats", number)
+        columns = {
+            name: table[name].to_numpy() for name in table.column_names if name != "examples"
+        }
+        shards.append({**columns, "examples": table["examples"].to_pylist()})
+    merged = merge_stats(shards, run.recipe.features.examples)
+    stats = pa.table(merged, schema=FEATURES_STATS)
+    writer.put_table("stats", stats)
+    density = merged["density"]
+    return Work(
+        {
+            "d_sae": len(density),
+            "scored_tokens": sum(int(shard["tokens"][0]) for shard in shards),
+            "l0": float(density.sum()),
+            "never_active": int((density == 0).sum()),
+        },
+        tokens,
+    )

@@ -1,0 +1,187 @@
+"""What a run consists of: each stage's artifact version, and whether it is there already.
+
+A version follows from the stage's schema version, the part of the recipe that changes its result
+and the versions of its inputs. Models, SAEs and data enter by content, never by name. No torch
+is imported here: planning is quick.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from fpo_core.data.source import identify_data
+from fpo_core.errors import FPOError
+from fpo_core.models.source import identify
+from fpo_core.recipe import Recipe
+from fpo_core.recipe.schema import DEFAULT_ALPHA, DEFAULT_BETA, DEFAULT_GAMMA, TrainSettings
+from fpo_core.sae.source import identify_sae
+from storage.store import Store
+from storage.version import artifact_version
+
+# Stage -> the artifact it makes, in the order of the pipeline.
+ARTIFACTS = {
+    "sae": "sae",
+    "tokenize": "pairs",
+    "reference": "reference",
+    "features": "features",
+    "train": "policy",
+    "evaluate": "evaluation",
+}
+STAGES = tuple(ARTIFACTS)
+
+# Raise a stage's number when its code changes what it writes: old artifacts are not reused then.
+SCHEMA_VERSIONS = {
+    "sae": 1, "tokenize": 1, "reference": 1, "features": 1, "train": 1, "evaluate": 1,
+}  # fmt: skip
+
+
+class StagePlan(NamedTuple):
+    """One stage of a run."""
+
+    stage: str
+    artifact: str
+    version: str
+    recipe: dict[str, Any]
+    inputs: dict[str, str]
+    state: str  # missing, partial or complete
+
+
+class Plan(NamedTuple):
+    """All stages of a run, by name, and the sources that could not be resolved."""
+
+    stages: dict[str, StagePlan]
+    unresolved: tuple[str, ...]
+
+    def version(self, stage: str) -> str:
+        """The artifact version of a stage."""
+        return self.stages[stage].version
+
+
+def make_plan(recipe: Recipe, store: Store) -> Plan:
+    """Work out every stage's version and state.
+
+    Raises:
+        FPOError: a model folder, SAE or data file that the recipe names is not there.
+    """
+    model = identify(recipe.model.source, recipe.model.revision)
+    unresolved = [] if model.resolved else [f"model {recipe.model.source}"]
+    data = {"train": recipe.data.train, "heldout": recipe.data.heldout}
+    digests = {}
+    for split, sources in data.items():
+        found = [identify_data(source) for source in sources]
+        unresolved += [f"data {s}" for s, f in zip(sources, found, strict=True) if not f.resolved]
+        digests[split] = _digest([identity.value for identity in found])
+    planner = _Planner(store)
+    sae_input = _sae_input(recipe, planner, model.value, unresolved)
+    planner.add("tokenize", _tokenize_part(recipe), {"model": model.value, **digests})
+    inference = recipe.model.model_dump(include={"dtype", "attention"})
+    hook = {"layer": recipe.sae.layer, "site": recipe.sae.site}
+    planner.add("reference", inference, {"model": model.value, "pairs": planner["tokenize"]})
+    planner.add(
+        "features",
+        {**recipe.features.model_dump(), **hook, **inference},
+        {"model": model.value, "sae": sae_input, "pairs": planner["tokenize"]},
+    )
+    caches = {"reference": planner["reference"], "features": planner["features"]}
+    attention = {"attention": recipe.model.attention}
+    planner.add(
+        "train",
+        {**_train_part(recipe.train), **attention},
+        {"model": model.value, "sae": sae_input, "pairs": planner["tokenize"], **caches},
+    )
+    planner.add(
+        "evaluate",
+        {**recipe.evaluation.model_dump(), "k": recipe.train.k, **attention},
+        {"policy": planner["train"], "pairs": planner["tokenize"], **caches},
+    )
+    return Plan(planner.stages, tuple(unresolved))
+
+
+class _Planner:
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.stages: dict[str, StagePlan] = {}
+
+    def __getitem__(self, stage: str) -> str:
+        return self.stages[stage].version
+
+    def add(self, stage: str, recipe: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+        artifact = ARTIFACTS[stage]
+        version = artifact_version(
+            stage=artifact, schema_version=SCHEMA_VERSIONS[stage], recipe=recipe, inputs=inputs
+        )
+        state = self.store.state(artifact, version)
+        self.stages[stage] = StagePlan(stage, artifact, version, dict(recipe), dict(inputs), state)
+
+
+def _sae_input(recipe: Recipe, planner: _Planner, model: str, unresolved: list[str]) -> str:
+    """Identity of the SAE: of its files, or the version of the stage that trains it."""
+    if recipe.sae.train is None:
+        assert recipe.sae.source is not None
+        identity = identify_sae(recipe.sae.source)
+        if not identity.resolved:
+            unresolved.append(f"sae {recipe.sae.source}")
+        return identity.value
+    settings = recipe.sae.train.model_dump(exclude={"text"})
+    kinds = [source.kind for source in recipe.sae.train.text]
+    text = [identify_data(source.path).value for source in recipe.sae.train.text]
+    planner.add(
+        "sae",
+        {**settings, "kinds": kinds, "layer": recipe.sae.layer, "site": recipe.sae.site},
+        {"model": model, "text": _digest(text)},
+    )
+    return f"artifact:sae/{planner['sae']}"
+
+
+def _tokenize_part(recipe: Recipe) -> dict[str, Any]:
+    keys = {"limit", "template", "max_length", "max_prompt_length", "shard_pairs"}
+    return recipe.data.model_dump(include=keys)
+
+
+def _train_part(settings: TrainSettings) -> dict[str, Any]:
+    """The settings with the method's defaults filled in: writing a default out changes nothing."""
+    part = settings.model_dump()
+    part["beta"] = DEFAULT_BETA[settings.method] if settings.beta is None else settings.beta
+    if settings.method == "fpo" and settings.alpha is None:
+        part["alpha"] = DEFAULT_ALPHA
+    if settings.method == "simpo" and settings.gamma is None:
+        part["gamma"] = DEFAULT_GAMMA
+    if settings.method != "fpo":
+        part["stop_gradient"] = None  # part of the constraint, which only FPO has
+    return part
+
+
+def _digest(values: list[str]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def selected_stages(plan: Plan, first: str | None, only: str | None) -> list[str]:
+    """The stages a run is asked to bring about.
+
+    Raises:
+        FPOError: an unknown stage, both options at once, or inputs that an earlier stage that is
+            not selected has not made.
+    """
+    if first and only:
+        raise FPOError("--from and --only cannot be used together")
+    asked = first or only
+    stages = list(plan.stages)
+    if asked and asked not in stages:
+        why = " (this recipe's SAE is a stored one)" if asked == "sae" else ""
+        raise FPOError(f"unknown stage {asked!r}{why}; stages: {', '.join(stages)}")
+    if not asked:
+        return stages
+    start = stages.index(asked)
+    chosen = [asked] if only else stages[start:]
+    needed = set().union(*(plan.stages[stage].inputs for stage in chosen))
+    for stage in stages[:start]:
+        planned = plan.stages[stage]
+        wanted = planned.artifact in needed or (stage == "sae" and "sae" in needed)
+        if wanted and planned.state != "complete":
+            raise FPOError(
+                f"stage {asked!r} needs {planned.artifact}/{planned.version}, which stage "
+                f"{stage!r} has not made yet; run without --{'only' if only else 'from'}, or "
+                f"with --from {stage}"
+            )
+    return chosen

@@ -1,0 +1,128 @@
+"""The report of a run: what its artifacts say, gathered for ``fpo_core.report``."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import polars as pl
+import yaml
+from fpo_core.report.model import (
+    FeatureShift,
+    Interval,
+    MetricRow,
+    RunReport,
+    Sample,
+    StageRow,
+)
+from fpo_core.report.page import render
+
+from fpo_core.models.load import load_tokenizer
+from storage.provenance import provenance
+from tasks.run import Outcome, PipelineRun
+
+SHOWN_FEATURES = 12
+SHOWN_TOKENS = 6
+
+
+def write_report(
+    run: PipelineRun, folder: Path, outcomes: Mapping[str, Outcome] | None = None
+) -> Path:
+    """Render the report of a finished run.
+
+    Args:
+        run: the run, whose every stage is complete.
+        folder: receives ``report.html`` and ``charts/``.
+        outcomes: what became of each stage just now; from the manifests where it is left out.
+
+    Returns:
+        The HTML file.
+    """
+    return render(gather(run, outcomes or {}), folder)
+
+
+def gather(run: PipelineRun, outcomes: Mapping[str, Outcome]) -> RunReport:
+    """Everything the report shows, read from the run's artifacts."""
+    evaluation = run.artifact("evaluate")
+    metrics = json.loads(evaluation.path("metrics.json").read_text())
+    answers = pl.read_parquet(evaluation.path("answers.parquet")).to_dicts()
+    recipe = run.recipe.model_dump(mode="json", exclude_none=True)
+    return RunReport(
+        recipe_name=run.recipe.name,
+        method=run.recipe.train.method,
+        title=f"{run.recipe.name}: {run.recipe.train.method.upper()}",
+        created=evaluation.manifest["created"],
+        git_commit=provenance().get("git_commit"),
+        stages=tuple(_stage(run, stage, outcomes.get(stage)) for stage in run.plan.stages),
+        training=pl.read_parquet(run.artifact("train").path("metrics.parquet")),
+        metrics=tuple(_metric(record) for record in metrics),
+        features=_features(run),
+        samples=tuple(
+            Sample(r["prompt"], r["before"], r["after"], r["before_stop"], r["after_stop"])
+            for r in answers
+        ),
+        recipe_yaml=yaml.safe_dump(recipe, sort_keys=False),
+        notes=(
+            f"Intervals are over {evaluation.manifest['stats']['heldout_pairs']} held-out pairs.",
+        ),
+    )
+
+
+def _stage(run: PipelineRun, stage: str, outcome: Outcome | None) -> StageRow:
+    artifact = run.artifact(stage)
+    manifest = artifact.manifest
+    return StageRow(
+        stage,
+        f"{artifact.stage}/{artifact.version}",
+        outcome.state if outcome else "reused",
+        manifest["rows"],
+        manifest["bytes"],
+        manifest["seconds"],
+        dict(manifest["inputs"]),
+    )
+
+
+def _metric(record: dict) -> MetricRow:
+    intervals = {
+        name: None if record[name] is None else Interval(**record[name])
+        for name in ("reference", "policy", "difference")
+    }
+    assert intervals["policy"] is not None
+    return MetricRow(
+        record["key"], record["label"], record["description"], record["unit"], record["better"],
+        intervals["reference"], intervals["policy"], intervals["difference"],
+    )  # fmt: skip
+
+
+def _features(run: PipelineRun) -> tuple[FeatureShift, ...]:
+    moved = pl.read_parquet(run.artifact("evaluate").path("features.parquet"))
+    moved = moved.sort((pl.col("policy") - pl.col("reference")).abs(), descending=True)
+    moved = moved.head(SHOWN_FEATURES)
+    tokens = firing_tokens(run, moved["feature"].to_list())
+    return tuple(
+        FeatureShift(
+            row["feature"], row["side"], row["reference"], row["policy"],
+            tokens.get(row["feature"], ()),
+        )
+        for row in moved.to_dicts()
+    )  # fmt: skip
+
+
+def firing_tokens(run: PipelineRun, features: list[int]) -> dict[int, tuple[str, ...]]:
+    """The tokens that features are most active on, strongest first, as text."""
+    table = (
+        run.artifact("features")
+        .scan("tokens")
+        .select("token_id", "indices", "values")
+        .explode("indices", "values")
+        .filter(pl.col("indices").is_in(features))
+        .group_by("indices", "token_id")
+        .agg(pl.col("values").max())
+        .sort("values", "token_id", descending=[True, False])
+        .collect()
+    )
+    tokenizer = load_tokenizer(run.model_path())
+    found: dict[int, tuple[str, ...]] = {}
+    for feature in features:
+        ids = table.filter(pl.col("indices") == feature)["token_id"].head(SHOWN_TOKENS).to_list()
+        found[feature] = tuple(tokenizer.decode([token]) for token in ids)
+    return found

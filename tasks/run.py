@@ -1,0 +1,155 @@
+"""One pipeline run: recipe, store and plan, and how a stage is brought about.
+
+``PipelineRun.bring_about`` is the pattern of every stage: reuse the artifact when it is there,
+otherwise compute what is missing of it, commit it, and say what happened.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from fpo_core.models.load import model_folder
+from fpo_core.recipe import Recipe
+from storage.provenance import provenance
+from storage.store import Artifact, ArtifactWriter, Store
+from tasks.plan import Plan, StagePlan
+
+log = logging.getLogger("fpo.stage")
+
+
+class Work(NamedTuple):
+    """What computing a stage reports beside its files."""
+
+    stats: dict[str, Any]
+    tokens: int = 0  # processed, for the rate
+
+
+class Outcome(NamedTuple):
+    """What became of a stage in this run."""
+
+    stage: str
+    artifact: str
+    version: str
+    state: Literal["computed", "resumed", "reused"]
+    rows: int | None
+    bytes: int
+    seconds: float
+    tokens_per_second: float
+    inputs: dict[str, str]
+
+    @property
+    def reference(self) -> str:
+        """``artifact/version``, the way to name it on the command line."""
+        return f"{self.artifact}/{self.version}"
+
+
+class PipelineRun:
+    """A recipe on a store, planned; handed from task to task.
+
+    Args:
+        recipe: the checked recipe.
+        store: where artifacts live.
+        plan: the stages' versions.
+        force: stages whose artifacts are computed again even though they exist.
+    """
+
+    def __init__(self, recipe: Recipe, store: Store, plan: Plan, force: frozenset[str]) -> None:
+        self.recipe, self.store, self.plan = recipe, store, plan
+        self._force = set(force)
+        self._begun: set[str] = set()
+
+    def planned(self, stage: str) -> StagePlan:
+        """The plan of a stage."""
+        return self.plan.stages[stage]
+
+    def artifact(self, stage: str) -> Artifact:
+        """The finished artifact of an earlier stage."""
+        planned = self.planned(stage)
+        return self.store.artifact(planned.artifact, planned.version)
+
+    def missing(self, stage: str) -> bool:
+        """Whether a stage's artifact has still to be computed."""
+        planned = self.planned(stage)
+        return stage in self._force or (
+            self.store.state(planned.artifact, planned.version) != "complete"
+        )
+
+    def writer(self, stage: str) -> ArtifactWriter:
+        """A writer for a stage's artifact; the old one is discarded first when forced."""
+        planned = self.planned(stage)
+        if stage in self._force:
+            self.store.discard(planned.artifact, planned.version)
+            self._force.discard(stage)
+        self._begun.add(stage)
+        return self.store.writer(planned.artifact, planned.version)
+
+    def model_path(self) -> Any:
+        """The reference model's folder."""
+        return model_folder(self.recipe.model.source, self.recipe.model.revision)
+
+    def bring_about(self, stage: str, compute: Callable[[ArtifactWriter], Work]) -> Outcome:
+        """Make sure that a stage's artifact exists.
+
+        Args:
+            stage: the stage's name.
+            compute: writes what is missing through the writer it is given.
+
+        Returns:
+            What happened. Also recorded under the recipe's refs.
+        """
+        planned = self.planned(stage)
+        if self.missing(stage):
+            begun_in_this_run = stage in self._begun  # by the pass that feeds two artifacts
+            writer = self.writer(stage)
+            resumed = bool(writer.finished_shards()) and not begun_in_this_run
+            started = time.monotonic()
+            work = compute(writer)
+            seconds = time.monotonic() - started
+            artifact = writer.commit(
+                inputs=planned.inputs, recipe=planned.recipe, stats=work.stats,
+                seconds=seconds, provenance=provenance(),
+            )  # fmt: skip
+            rate = work.tokens / max(seconds, 1e-9)
+            outcome = _outcome(
+                planned, artifact, "resumed" if resumed else "computed", seconds, rate
+            )
+        else:
+            artifact = self.store.artifact(planned.artifact, planned.version)
+            outcome = _outcome(planned, artifact, "reused", 0.0, 0.0)
+        self.store.set_ref(self.recipe.name, planned.artifact, planned.version)
+        log.info("%s", describe(outcome))
+        return outcome
+
+
+def _outcome(
+    planned: StagePlan, artifact: Artifact, state: Any, seconds: float, rate: float
+) -> Outcome:
+    manifest: Mapping[str, Any] = artifact.manifest
+    return Outcome(
+        planned.stage, planned.artifact, planned.version, state, manifest["rows"],
+        manifest["bytes"], seconds, rate, dict(planned.inputs),
+    )  # fmt: skip
+
+
+def describe(outcome: Outcome) -> str:
+    """One line that says what became of a stage."""
+    parts = [f"{outcome.stage:<10} {outcome.state:<9} {outcome.reference}"]
+    if outcome.rows:
+        parts.append(f"{outcome.rows:,} rows")
+    parts.append(human_bytes(outcome.bytes))
+    if outcome.state != "reused":
+        parts.append(f"{outcome.seconds:.1f} s")
+    if outcome.tokens_per_second:
+        parts.append(f"{outcome.tokens_per_second:,.0f} tokens/s")
+    return "  ".join(parts)
+
+
+def human_bytes(count: int) -> str:
+    """A size for people, in decimal units."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

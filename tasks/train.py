@@ -1,0 +1,90 @@
+"""Stage ``train``: preference optimization in worker processes -> the ``policy`` artifact."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from fpo_core.models.load import load_tokenizer
+from fpo_core.progress import Progress
+from fpo_core.training.examples import num_steps
+from fpo_core.training.job import TrainingJob
+from fpo_core.training.launch import run_workers
+from fpo_core.training.worker import MODEL_FOLDER
+from storage.store import Artifact, ArtifactWriter
+from tasks.announce import announce
+from tasks.offline import sae_path
+from tasks.run import Outcome, PipelineRun, Work
+
+log = logging.getLogger("fpo.stage")
+
+
+@task(name="train", task_run_name="train", cache_policy=NO_CACHE)
+def train(run: PipelineRun) -> Outcome:
+    """Train the policy from the cached reference side; no reference model in memory."""
+    return announce(run.bring_about("train", lambda writer: _train(run, writer)))
+
+
+def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
+    output = writer.scratch() / "attempt"
+    shutil.rmtree(output, ignore_errors=True)
+    job = training_job(run, output)
+    records: list[dict[str, Any]] = []
+    with Progress("train", total=_total_steps(run), unit="step") as progress:
+
+        def on_step(record: dict[str, Any]) -> None:
+            records.append(record)
+            note = f"loss {record['loss']:.3f}, accuracy {record['accuracy']:.2f}"
+            progress.advance(1, note)
+
+        run_workers(job, run.recipe.resources.ranks, on_step)
+    model = output / MODEL_FOLDER
+    load_tokenizer(job.model_folder).save_pretrained(model)
+    for path in sorted(model.iterdir()):
+        writer.put_file(f"model/{path.name}", path)
+    metrics = output / "metrics.parquet"
+    pl.DataFrame(records).write_parquet(metrics)
+    writer.put_file("metrics.parquet", metrics)
+    last = records[-1]
+    stats = {
+        "steps": last["steps"],
+        "beta": job.beta,
+        "first_loss": records[0]["loss"],
+        "last_loss": last["loss"],
+        "missing_features_per_pair": sum(r["missing"] for r in records) / len(records),
+    }
+    tokens = sum(record["tokens_per_second"] * record["seconds"] for record in records)
+    return Work(stats, int(tokens))
+
+
+def training_job(run: PipelineRun, output: Path) -> TrainingJob:
+    """The job of a run: local, verified paths of every input."""
+    pairs, caches = run.artifact("tokenize"), run.artifact("reference")
+    return TrainingJob(
+        model_folder=run.model_path(),
+        attention=run.recipe.model.attention,
+        sae_folder=sae_path(run),
+        layer=run.recipe.sae.layer,
+        settings=run.recipe.train,
+        pairs=shard_paths(pairs),
+        reference=shard_paths(caches),
+        pooled=shard_paths(run.artifact("features"), "pooled"),
+        reference_dtype=run.recipe.model.dtype,
+        tokens_per_batch=run.recipe.resources.tokens_per_batch,
+        threads=run.recipe.resources.threads,
+        output=output,
+    )
+
+
+def shard_paths(artifact: Artifact, table: str = "") -> tuple[Path, ...]:
+    """Local paths of a table's shards, each checked against its checksum."""
+    return tuple(artifact.shard_path(shard, table) for shard in range(artifact.num_shards(table)))
+
+
+def _total_steps(run: PipelineRun) -> int:
+    pairs = run.artifact("tokenize").manifest["stats"]["pairs"]["train"]
+    return num_steps(pairs, run.recipe.train.batch_size, run.recipe.train.epochs)

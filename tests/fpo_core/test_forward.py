@@ -1,0 +1,100 @@
+"""The packed pair row gives what each response gives by itself, after the plain model."""
+
+import pytest
+import torch
+
+from fpo_core.data.batches import PairIds, batches_by_length, collate
+from fpo_core.models.forward import forward_pairs, scored_activations
+from tests.tiny import SAE_LAYER, make_model
+
+PAIRS = [
+    PairIds("a", [0, 5, 9, 13], [7, 8, 21, 1], [30, 1]),
+    PairIds("b", [0, 3], [11, 1], [12, 44, 45, 46, 47, 1]),
+    PairIds("c", list(range(2, 20)), [100, 1], [101, 102, 1]),
+    PairIds("one-token", [0, 2, 4], [1], [9]),
+]
+
+
+def plain(model, prompt, response, layer):
+    """Float64 log-prob and activations of one response, by the model's own forward and logits."""
+    ids = torch.tensor([[*prompt, *response]])
+    seen = []
+    handle = model.model.layers[layer].register_forward_hook(lambda m, i, o: seen.append(o))
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0].double()
+    handle.remove()
+    scored = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
+    logps = torch.log_softmax(logits[scored], -1)
+    picked = logps.gather(1, torch.tensor(response)[:, None]).sum()
+    return picked, seen[0][0][scored]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_pair_rows_equal_separate_responses(kind):
+    model = make_model(kind)
+    batch = collate(PAIRS, pad_id=3)
+    with torch.no_grad():
+        out = forward_pairs(model, batch, SAE_LAYER)
+    for row, pair in enumerate(PAIRS):
+        for side, response in enumerate((pair.chosen, pair.rejected)):
+            logp, activations = plain(model, pair.prompt, response, SAE_LAYER)
+            number = 2 * row + side
+            assert batch.lengths[number] == len(response)
+            torch.testing.assert_close(out.logps[number], logp, rtol=1e-5, atol=1e-4)
+            got = out.activations[batch.response == number]
+            torch.testing.assert_close(got, activations, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_padding_and_neighbours_change_nothing(kind):
+    model = make_model(kind)
+    with torch.no_grad():
+        together = forward_pairs(model, collate(PAIRS), SAE_LAYER).logps.reshape(-1, 2)
+        for row, pair in enumerate(PAIRS):
+            alone = forward_pairs(model, collate([pair]), SAE_LAYER).logps
+            torch.testing.assert_close(alone, together[row], rtol=1e-5, atol=1e-4)
+
+
+def test_stopping_early_gives_the_same_activations():
+    model = make_model()
+    batch = collate(PAIRS)
+    with torch.no_grad():
+        full = forward_pairs(model, batch, SAE_LAYER).activations
+        early = scored_activations(model, batch, SAE_LAYER)
+    assert torch.equal(full, early)
+
+
+def test_activation_checkpointing_keeps_values_and_gradients():
+    model = make_model().train()
+    batch = collate(PAIRS)
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        out = forward_pairs(model, batch, SAE_LAYER)
+        (out.logps.sum() + out.activations.square().sum()).backward()
+        gradient = model.model.layers[0].mlp.up_proj.weight.grad.clone()
+        results.append((out.logps.detach(), out.activations.detach(), gradient))
+    for before, after in zip(*results, strict=True):
+        torch.testing.assert_close(after, before)
+
+
+def test_collate_shows_its_layout():
+    batch = collate([PairIds("x", [10, 11], [20, 21, 1], [30, 1]), PairIds("y", [10], [1], [2])], 9)
+    assert batch.input_ids.tolist() == [[10, 11, 20, 21, 1, 30, 1], [10, 1, 2, 9, 9, 9, 9]]
+    assert batch.position_ids.tolist()[0] == [0, 1, 2, 3, 4, 2, 3]
+    assert batch.segments.tolist() == [[0, 0, 1, 1, 1, 2, 2], [0, 1, 2, -1, -1, -1, -1]]
+    assert batch.positions.tolist() == [1, 2, 3, 1, 5, 7, 7]
+    assert batch.targets.tolist() == [20, 21, 1, 30, 1, 1, 2]
+    assert batch.response.tolist() == [0, 0, 0, 1, 1, 2, 3]
+    assert batch.num_tokens == 10
+
+
+def test_batches_respect_the_budget_and_cover_every_row():
+    lengths = [3, 50, 7, 7, 49, 120, 8]
+    batches = list(batches_by_length(lengths, 100))
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    assert batches[0] == [5]  # longer than the budget: alone
+    for batch in batches[1:]:
+        assert max(lengths[row] for row in batch) * len(batch) <= 100

@@ -1,0 +1,198 @@
+"""Training in real DeepSpeed worker processes, on caches made by the real offline pass."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from fpo_core.data.batches import PairIds
+from fpo_core.errors import FPOError
+from fpo_core.models.load import load_model
+from fpo_core.offline import score_shard
+from fpo_core.recipe.schema import FeatureSettings, TrainSettings
+from fpo_core.sae.coder import load_coder
+from fpo_core.training.examples import epoch_batches, read_examples
+from fpo_core.training.job import TrainingJob
+from fpo_core.training.launch import run_workers
+from tests.tiny import SAE_LAYER, save_model, save_sae
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    """Model, SAE and aligned shards of 8 pairs in a folder."""
+    root = tmp_path_factory.mktemp("caches")
+    save_model(root / "model")
+    save_sae(root / "sae")
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count):
+        return torch.randint(2, 400, (count,), generator=generator).tolist()
+
+    pairs = [
+        PairIds(f"p{n}", ids(3 + n % 3), [*ids(2 + n % 4), 1], [*ids(1 + n % 5), 1])
+        for n in range(8)
+    ]
+    write_caches(root, pairs, load_model(root / "model", dtype="float32", attention="sdpa"))
+    return root
+
+
+def write_caches(root, pairs, model):
+    coder = load_coder(root / "sae")
+    scores = score_shard(
+        model, pairs, SAE_LAYER, coder=coder, features=FeatureSettings(cache_k=96),
+        want_reference=True, tokens_per_batch=64,
+    )  # fmt: skip
+    rows = [
+        {"pair_id": p.pair_id, "prompt_ids": p.prompt, "chosen_ids": p.chosen,
+         "rejected_ids": p.rejected, "split": "train"}
+        for p in pairs
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), root / "pairs.parquet")
+    pq.write_table(pa.table(scores.reference), root / "reference.parquet")
+    pq.write_table(pa.table(scores.pooled), root / "pooled.parquet")
+
+
+def job(root: Path, output: Path, **settings) -> TrainingJob:
+    defaults = {"lr": 1e-3, "warmup_steps": 0, "batch_size": 4, "k": 8, "epochs": 2}
+    return TrainingJob(
+        model_folder=root / "model", attention="sdpa", sae_folder=root / "sae", layer=SAE_LAYER,
+        settings=TrainSettings(**{**defaults, **settings}),
+        pairs=(root / "pairs.parquet",), reference=(root / "reference.parquet",),
+        pooled=(root / "pooled.parquet",), reference_dtype="float32",
+        tokens_per_batch=64, threads=1, output=output,
+    )  # fmt: skip
+
+
+def train(root, output, ranks=1, **settings):
+    records = []
+    run_workers(job(root, output, **settings), ranks, records.append)
+    return records, load_file(output / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("method", ["fpo", "dpo"])
+def test_first_step_is_log_2_and_training_lowers_the_loss(caches, tmp_path, method):
+    records, _ = train(caches, tmp_path, method=method, epochs=6)
+    assert records[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert records[0]["discrepancy_chosen"] < 1e-9
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert records[-1]["accuracy"] == 1.0
+
+
+def test_saved_policy_is_an_ordinary_model_and_moved(caches, tmp_path):
+    _, weights = train(caches, tmp_path, method="simpo", lr=5e-7)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.dtype == torch.float32
+    before = load_file(caches / "model" / "model.safetensors")
+    # float32 masters: even the paper's learning rate moves most parameters.
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert (weights[name] != before[name]).float().mean() > 0.9
+
+
+def test_ranks_and_micro_batches_give_the_same_policy(caches, tmp_path):
+    """Global loss normalisation: 2 ranks under ZeRO-2 equal one rank, to float32 rounding."""
+    _, one = train(caches, tmp_path / "one", batch_size=3, lr=1e-4)
+    _, two = train(caches, tmp_path / "two", ranks=2, batch_size=3, zero_stage=2, lr=1e-4)
+    for name, value in one.items():
+        # Adam divides by the gradient's own size, so rounding shows at the scale of lr.
+        assert (value - two[name]).abs().max() < 2e-5, name
+
+
+def test_repeated_run_is_bitwise_the_same(caches, tmp_path):
+    _, one = train(caches, tmp_path / "one")
+    _, two = train(caches, tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_caches_of_another_model_are_refused_before_the_first_step(caches, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("pairs", "reference", "pooled"):
+        (other / f"{name}.parquet").write_bytes((caches / f"{name}.parquet").read_bytes())
+    save_model(other / "model", seed=7)
+    save_sae(other / "sae")
+    with pytest.raises(FPOError, match=r"`reference`.*nats a token.*`features`.*--force"):
+        run_workers(job(other, tmp_path / "out"), 1, lambda record: None)
+
+
+def test_non_finite_loss_stops_and_names_the_pairs(caches, tmp_path):
+    with pytest.raises(FPOError, match=r"loss is .*nan.*p\d"):
+        train(caches, tmp_path, lr=1e30, max_grad_norm=1e30, epochs=4)
+
+
+def test_shards_that_do_not_hold_the_same_pairs_are_refused(caches, tmp_path):
+    table = pq.read_table(caches / "reference.parquet")
+    pq.write_table(table.take([1, 0, *range(2, 8)]), tmp_path / "swapped.parquet")
+    with pytest.raises(FPOError, match=r"shard 0, row 0.*disagree on the pair"):
+        read_examples(
+            (caches / "pairs.parquet",), (tmp_path / "swapped.parquet",),
+            (caches / "pooled.parquet",), "train",
+        )  # fmt: skip
+
+
+def test_order_is_a_permutation_of_every_epoch():
+    batches = list(epoch_batches(10, 4, 2, seed=3))
+    assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2]
+    first, second = (sum(batches[i : i + 3], []) for i in (0, 3))
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert batches == list(epoch_batches(10, 4, 2, seed=3))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_no_worker_survives_its_parent(caches, tmp_path, how):
+    """Kill the process that started the workers; every process of the group is gone soon."""
+    spec = job(caches, tmp_path / "out", epochs=100_000)
+    (tmp_path / "out").mkdir()
+    spec.save(tmp_path / "spec.json")
+    code = (
+        "import sys, pathlib; from fpo_core.training.job import TrainingJob;"
+        "from fpo_core.training.launch import run_workers;"
+        f"run_workers(TrainingJob.load(pathlib.Path({str(tmp_path / 'spec.json')!r})), 2, print)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[2])  # fmt: skip
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    wait_for(lambda: metrics.is_file() and metrics.stat().st_size > 0, 120)
+    started = workers_of(tmp_path)
+    assert len(started) >= 3  # launcher and two ranks
+    parent.send_signal(how)
+    parent.wait(30)
+    wait_for(lambda: not workers_of(tmp_path), 30)
+
+
+def workers_of(folder: Path) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if str(folder) in line and "fpo_core.training.worker" in line:
+                found.append(line)
+    return found
+
+
+def wait_for(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.2)
+
+
+def test_job_file_round_trips(caches, tmp_path):
+    spec = job(caches, tmp_path)
+    spec.save(tmp_path / "job.json")
+    assert TrainingJob.load(tmp_path / "job.json") == spec
+    assert json.loads((tmp_path / "job.json").read_text())["settings"]["method"] == "fpo"
