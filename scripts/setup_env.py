@@ -169,17 +169,7 @@ def run(command: Sequence[object], lock_fd: int) -> Tuple[int, str]:
 
 
 def pip_install(arguments: List[Any], lock_fd: int) -> None:
-    # Byte code is made at the end, on all cores.
-    pip = [
-        VENV_PYTHON,
-        "-m",
-        "pip",
-        "install",
-        "--no-input",
-        "--no-compile",
-        "--progress-bar",
-        "off",
-    ]
+    pip = [VENV_PYTHON, "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
     status, output = run([*pip, *arguments], lock_fd)
     if status == 0:
         return
@@ -262,14 +252,17 @@ def steps() -> Iterator[Tuple[str, List[Any]]]:
     yield "this project", ["--no-deps", "--no-build-isolation", "--editable", ROOT]
 
 
-def install(lock_fd: int) -> None:
+def install(lock_fd: int, fresh: bool) -> None:
+    # In a fresh environment byte code is made at the end, on all cores, and pip makes none: faster.
+    # The libraries' own tests get none; a file that does not compile is no matter.
+    options = ["--no-compile"] if fresh else []
     for name, arguments in steps():
         with timed(name):
-            pip_install(arguments, lock_fd)
-    with timed("byte code"):
-        # On all cores, less the libraries' own tests; a file that does not compile is no matter.
-        what = ["-j", "0", "-x", "/tests?/", VENV / "lib"]
-        run([VENV_PYTHON, "-m", "compileall", "-q", "-q", *what], lock_fd)
+            pip_install([*options, *arguments], lock_fd)
+    if fresh:
+        with timed("byte code"):
+            what = ["-j", "0", "-x", "/tests?/", VENV / "lib"]
+            run([VENV_PYTHON, "-m", "compileall", "-q", "-q", *what], lock_fd)
 
 
 def set_up(lock_fd: int) -> None:
@@ -277,6 +270,7 @@ def set_up(lock_fd: int) -> None:
     if version and read_state() == fingerprint(version):
         return
     start = time.monotonic()
+    fresh = version is None
     if version:
         print("set-up: bringing .venv in line with the lock", file=sys.stderr)
         write_state(UNFINISHED)
@@ -285,7 +279,7 @@ def set_up(lock_fd: int) -> None:
         print(f"set-up: making .venv with {python}, once; some minutes", file=sys.stderr)
         with timed("empty environment"):
             create_venv(python, lock_fd)
-    install(lock_fd)
+    install(lock_fd, fresh)
     write_state(fingerprint(version))
     print(f"set-up: done in {time.monotonic() - start:.0f} s", file=sys.stderr)
 

@@ -1,0 +1,265 @@
+"""The charts of a report, drawn by Altair and turned into SVG and PNG by vl-convert: no browser.
+
+What cannot be drawn is left out and said so in a sentence, never drawn empty.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import altair as alt
+import polars as pl
+import vl_convert as vlc
+
+from fpo_core.report import palette
+from fpo_core.report.model import FeatureShift, RunReport, Side
+from fpo_core.report.numbers import NARROW, number, percent
+from fpo_core.report.series import Series, read_series, thin
+
+PNG_SCALE = 2
+CURVE_HEIGHT, ROW_HEIGHT = 280, 26
+SIDES: tuple[Side, ...] = ("chosen", "rejected")
+SIDE_COLOURS = {"chosen": palette.CHOSEN.light, "rejected": palette.REJECTED.light}
+CHART_NAMES = (
+    "loss", "accuracy", "margin", "discrepancy", "features_chosen", "features_rejected",
+)  # fmt: skip
+
+
+class Curve(NamedTuple):
+    """How one column of the training log is drawn."""
+
+    column: str
+    title: str
+    subtitle: str
+    shares: bool = False
+    level: float | None = None  # a horizontal line to read the curve against
+    level_name: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One chart, ready for the page."""
+
+    name: str  # of its PNG
+    svg: str
+    png: bytes
+    label: str  # what it shows, for people who cannot see it
+    caption: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The charts that could be drawn, and sentences on those that could not."""
+
+    curves: tuple[Figure, ...]
+    features: tuple[Figure, ...]
+    omitted: tuple[str, ...]
+
+
+CURVES = (
+    Curve("loss", "Loss", "mean over the pairs of a step"),
+    Curve(
+        "accuracy", "Reward accuracy", "share of a step's pairs where the chosen answer gains more",
+        shares=True, level=0.5, level_name="chance",
+    ),
+    Curve("margin", "Implicit reward margin", "chosen minus rejected", level=0.0),
+)  # fmt: skip
+
+
+def draw(report: RunReport) -> Drawn:
+    """All charts of a report."""
+    curves, omitted = [], []
+    for curve in CURVES:
+        series = read_series(report.training, curve.column)
+        if series is None:
+            omitted.append(_omission(curve.title, [curve.column]))
+            continue
+        if curve.column == "loss" and report.method.lower() in ("fpo", "dpo"):
+            # The policy starts as the reference: u = 0 and the loss is log 2.
+            curve = curve._replace(level=math.log(2), level_name="log 2, where it starts")
+        chart = _layers(curve, {curve.title: series}, {curve.title: palette.CURVE.light})
+        curves.append(_figure(curve.column, chart, curve.title, _curve_caption(curve, series)))
+    sides = {side: read_series(report.training, f"discrepancy_{side}") for side in SIDES}
+    found = {side: series for side, series in sides.items() if series is not None}
+    if found:
+        curves.append(_discrepancy_figure(found))
+    missing = [f"discrepancy_{side}" for side in SIDES if side not in found]
+    if missing:
+        omitted.append(_omission("Feature discrepancy", missing, partly=bool(found)))
+    return Drawn(tuple(curves), _feature_figures(report.features), tuple(omitted))
+
+
+def _omission(title: str, columns: Sequence[str], *, partly: bool = False) -> str:
+    names = " and ".join(columns)
+    what = "is shown in part" if partly else "is left out"
+    return f"{title} {what}: this run's training log has no values for {names}."
+
+
+def _discrepancy_figure(found: dict[str, Series]) -> Figure:
+    curve = Curve("discrepancy", "Feature discrepancy", "distance of SAE features to the reference")
+    ends = [
+        f"{side} {_plain(series.first)} → {_plain(series.last)}" for side, series in found.items()
+    ]
+    series = next(iter(found.values()))
+    caption = f"First step to the mean of the last tenth: {'; '.join(ends)}. {_how_drawn(series)}"
+    chart = _layers(curve, found, SIDE_COLOURS, named=True)
+    return _figure("discrepancy", chart, curve.title, caption)
+
+
+def _layers(
+    curve: Curve, series: dict[str, Series], colours: dict[str, str], *, named: bool = False
+) -> alt.LayerChart:
+    x = alt.X("step:Q").title("step").axis(grid=False, format=",d", tickCount=6, tickMinStep=1)
+    domain = alt.Scale(domain=[0, 1]) if curve.shares else alt.Scale(zero=False, nice=True)
+    axis = alt.Axis(format=".0%" if curve.shares else "~g", tickCount=5)
+    layers: list[Any] = []
+    for name, one in series.items():
+        points = thin(one.frame)
+        base = alt.Chart(points).encode(x=x)
+        smoothed = one.half_life is not None
+        raw = base.mark_line(
+            color=colours[name], strokeWidth=1, opacity=0.35 if smoothed else 1, point=False
+        ).encode(y=alt.Y("value:Q").title(None).scale(domain).axis(axis))
+        layers.append(raw)
+        if smoothed:
+            line = base.mark_line(color=colours[name], strokeWidth=2.5, strokeCap="round")
+            layers.append(line.encode(y="smooth:Q"))
+        else:
+            layers.append(base.mark_circle(color=colours[name], opacity=1).encode(y="value:Q"))
+    if curve.level is not None:
+        layers += _level(curve, max(float(s.frame["step"].to_numpy()[0]) for s in series.values()))
+    if named:
+        layers += _end_names(series, colours)
+    return alt.layer(*layers).properties(
+        width=palette.WIDTH, height=CURVE_HEIGHT, title=_title(curve.title, curve.subtitle)
+    )
+
+
+def _level(curve: Curve, start: float) -> list[Any]:
+    base = alt.Chart(pl.DataFrame({"step": [start], "value": [curve.level]}))
+    rule = base.mark_rule(color=palette.MUTED.light, strokeDash=[3, 4]).encode(y="value:Q")
+    if not curve.level_name:
+        return [rule]
+    text = base.mark_text(
+        text=curve.level_name, align="right", baseline="bottom", dy=-3,
+        color=palette.MUTED.light, fontSize=11,
+    ).encode(x=alt.value(alt.ExprRef("width")), y="value:Q")  # fmt: skip
+    return [rule, text]
+
+
+def _end_names(series: dict[str, Series], colours: dict[str, str]) -> list[Any]:
+    """Each line's name at its right end, moved apart where the lines end close together."""
+    ends = sorted(series, key=lambda name: float(series[name].frame["smooth"][-1]))
+    values = [s.frame["value"].to_numpy() for s in series.values()]
+    spread = max(float(v.max()) for v in values) - min(float(v.min()) for v in values)
+    heights = [float(series[name].frame["smooth"][-1]) for name in ends]
+    close = len(ends) == 2 and heights[1] - heights[0] < 0.07 * spread
+    layers = []
+    for place, name in enumerate(ends):
+        last = series[name].frame.tail(1)
+        shift = 0 if not close else (8 if place == 0 else -8)
+        text = alt.Chart(last).mark_text(
+            text=name, align="left", dx=8, dy=shift, color=colours[name], fontSize=12,
+            fontWeight=600,
+        )  # fmt: skip
+        layers.append(text.encode(x="step:Q", y="smooth:Q"))
+    return layers
+
+
+def _feature_figures(features: Sequence[FeatureShift]) -> tuple[Figure, ...]:
+    drawn = [f for f in features if math.isfinite(f.reference) and math.isfinite(f.policy)]
+    if not drawn:
+        return ()
+    # One scale for both sides: their lengths are meant to be compared.
+    values = [value for f in drawn for value in (f.reference, f.policy)]
+    scale = alt.Scale(domain=[min(0.0, *values), max(values) or 1.0], nice=True)
+    figures = []
+    for side in SIDES:
+        rows = [f for f in drawn if f.side == side]
+        if rows:
+            rows.sort(key=lambda f: -abs(f.policy - f.reference))
+            figures.append(_feature_figure(side, rows, scale))
+    return tuple(figures)
+
+
+def _feature_figure(side: Side, rows: Sequence[FeatureShift], scale: alt.Scale) -> Figure:
+    frame = pl.DataFrame(
+        {
+            "feature": [f"#{f.feature}" for f in rows],
+            "before": [f.reference for f in rows],
+            "after": [f.policy for f in rows],
+        }
+    )
+    colour = SIDE_COLOURS[side]
+    y = alt.Y("feature:N", sort=None).title(None).axis(grid=True, labelColor=palette.INK.light)
+    x = alt.X("before:Q").title("mean pooled activation").scale(scale).axis(grid=False, tickCount=5)
+    base = alt.Chart(frame).encode(y=y)
+    dots = {"size": 70, "opacity": 1, "strokeWidth": 2, "stroke": colour}
+    chart = alt.layer(
+        base.mark_rule(color=colour, strokeWidth=2).encode(x=x, x2="after:Q"),
+        base.mark_circle(fill=palette.SURFACE.light, **dots).encode(x=x),
+        base.mark_circle(fill=colour, **dots).encode(x="after:Q"),
+    ).properties(
+        width=palette.WIDTH,
+        height=90 + ROW_HEIGHT * len(rows),
+        title=_title(f"On {side} answers", "ring: before, dot: after"),
+    )
+    rising = sum(f.policy > f.reference for f in rows)
+    caption = (
+        f"{rising} of these {len(rows)} features became more active, "
+        f"{sum(f.policy < f.reference for f in rows)} less. Both charts share one scale."
+    )
+    return _figure(f"features_{side}", chart, f"Features that moved most on {side}", caption)
+
+
+def _curve_caption(curve: Curve, series: Series) -> str:
+    show = percent if curve.shares else _plain
+    ends = f"{show(series.first)} at the first step, {show(series.last)} over the last tenth."
+    return f"{ends} {_how_drawn(series)}"
+
+
+def _how_drawn(series: Series) -> str:
+    parts = []
+    if series.half_life is None:
+        parts.append(f"{series.frame.height} steps, too few to smooth.")
+    else:
+        parts.append(
+            f"Thin: each step. Thick: exponential mean, half-life {series.half_life} steps."
+        )
+    if series.skipped:
+        parts.append(f"{series.skipped} steps without a finite value are not drawn.")
+    return " ".join(parts)
+
+
+def _plain(value: float) -> str:
+    return number(value)
+
+
+def _title(title: str, subtitle: str) -> alt.TitleParams:
+    return alt.TitleParams(text=title, subtitle=subtitle)
+
+
+def _figure(name: str, chart: alt.LayerChart, title: str, caption: str) -> Figure:
+    spec = chart.to_dict()
+    spec |= {
+        "autosize": {"type": "fit", "contains": "padding"},
+        "background": palette.SURFACE.light,
+        "padding": 8,
+        "config": palette.chart_config(),
+    }
+    # All data is in the specification: nothing may be fetched while drawing.
+    svg = vlc.vegalite_to_svg(spec, allowed_base_urls=[])
+    png = vlc.svg_to_png(svg, scale=PNG_SCALE)
+    label = f"Chart: {title}. {caption}".replace(NARROW, " ")
+    return Figure(name, _inline(svg, name), png, label, caption)
+
+
+def _inline(svg: str, name: str) -> str:
+    """The drawing as part of a page: it scales, is one image, and its ids are its own."""
+    # Vega counts clip paths from 0 in each drawing; in one page the ids would collide.
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = svg.replace("url(#", f"url(#{name}-")
+    svg = re.sub(r' xmlns:xlink="[^"]*"| role="[^"]*"| aria-[a-z]+="[^"]*"', "", svg)
+    return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r'\1 aria-hidden="true"', svg, 1)
