@@ -6,6 +6,9 @@ from pathlib import Path
 
 import polars as pl
 import yaml
+from fpo_core.report.page import render
+
+from fpo_core.models.load import load_tokenizer
 from fpo_core.report.model import (
     FeatureShift,
     Interval,
@@ -14,9 +17,6 @@ from fpo_core.report.model import (
     Sample,
     StageRow,
 )
-from fpo_core.report.page import render
-
-from fpo_core.models.load import load_tokenizer
 from storage.provenance import provenance
 from tasks.run import Outcome, PipelineRun
 

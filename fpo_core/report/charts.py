@@ -56,6 +56,7 @@ class Drawn:
     curves: tuple[Figure, ...]
     features: tuple[Figure, ...]
     omitted: tuple[str, ...]
+    reading: str  # how to read the curves; empty where there are none
 
 
 CURVES = (
@@ -70,7 +71,9 @@ CURVES = (
 
 def draw(report: RunReport) -> Drawn:
     """All charts of a report."""
-    curves, omitted = [], []
+    curves: list[Figure] = []
+    omitted: list[str] = []
+    read: list[Series] = []
     for curve in CURVES:
         series = read_series(report.training, curve.column)
         if series is None:
@@ -79,6 +82,7 @@ def draw(report: RunReport) -> Drawn:
         if curve.column == "loss" and report.method.lower() in ("fpo", "dpo"):
             # The policy starts as the reference: u = 0 and the loss is log 2.
             curve = curve._replace(level=math.log(2), level_name="log 2, where it starts")
+        read.append(series)
         chart = _layers(curve, {curve.title: series}, {curve.title: palette.CURVE.light})
         curves.append(_figure(curve.column, chart, curve.title, _curve_caption(curve, series)))
     sides = {side: read_series(report.training, f"discrepancy_{side}") for side in SIDES}
@@ -88,7 +92,8 @@ def draw(report: RunReport) -> Drawn:
     missing = [f"discrepancy_{side}" for side in SIDES if side not in found]
     if missing:
         omitted.append(_omission("Feature discrepancy", missing, partly=bool(found)))
-    return Drawn(tuple(curves), _feature_figures(report.features), tuple(omitted))
+    reading = _reading([*read, *found.values()])
+    return Drawn(tuple(curves), _feature_figures(report.features), tuple(omitted), reading)
 
 
 def _omission(title: str, columns: Sequence[str], *, partly: bool = False) -> str:
@@ -100,10 +105,12 @@ def _omission(title: str, columns: Sequence[str], *, partly: bool = False) -> st
 def _discrepancy_figure(found: dict[str, Series]) -> Figure:
     curve = Curve("discrepancy", "Feature discrepancy", "distance of SAE features to the reference")
     ends = [
-        f"{side} {_plain(series.first)} → {_plain(series.last)}" for side, series in found.items()
+        f"{_plain(series.first)} on {side} answers at the first step, {_plain(series.last)} over "
+        f"the last tenth"
+        for side, series in found.items()
     ]
-    series = next(iter(found.values()))
-    caption = f"First step to the mean of the last tenth: {'; '.join(ends)}. {_how_drawn(series)}"
+    skipped = max(found.values(), key=lambda series: series.skipped)
+    caption = f"{'; '.join(ends)}.{_skipped(skipped)}"
     chart = _layers(curve, found, SIDE_COLOURS, named=True)
     return _figure("discrepancy", chart, curve.title, caption)
 
@@ -111,9 +118,12 @@ def _discrepancy_figure(found: dict[str, Series]) -> Figure:
 def _layers(
     curve: Curve, series: dict[str, Series], colours: dict[str, str], *, named: bool = False
 ) -> alt.LayerChart:
-    x = alt.X("step:Q").title("step").axis(grid=False, format=",d", tickCount=6, tickMinStep=1)
+    steps = alt.Axis(grid=False, format=",d", labelFlush=False, tickCount=6, tickMinStep=1)
+    x = alt.X("step:Q").title("step").axis(steps)
     domain = alt.Scale(domain=[0, 1]) if curve.shares else alt.Scale(zero=False, nice=True)
-    axis = alt.Axis(format=".0%" if curve.shares else "~g", tickCount=5)
+    # The page writes a narrow space before a percent sign; d3's own format has none.
+    shares = f"format(100 * datum.value, '.0f') + '{NARROW}%'"
+    axis = alt.Axis(labelExpr=shares) if curve.shares else alt.Axis(format="~g", tickCount=5)
     layers: list[Any] = []
     for name, one in series.items():
         points = thin(one.frame)
@@ -194,7 +204,8 @@ def _feature_figure(side: Side, rows: Sequence[FeatureShift], scale: alt.Scale) 
     )
     colour = SIDE_COLOURS[side]
     y = alt.Y("feature:N", sort=None).title(None).axis(grid=True, labelColor=palette.INK.light)
-    x = alt.X("before:Q").title("mean pooled activation").scale(scale).axis(grid=False, tickCount=5)
+    axis = alt.Axis(grid=False, labelFlush=False, tickCount=5)
+    x = alt.X("before:Q").title("mean pooled activation").scale(scale).axis(axis)
     base = alt.Chart(frame).encode(y=y)
     dots = {"size": 70, "opacity": 1, "strokeWidth": 2, "stroke": colour}
     chart = alt.layer(
@@ -209,7 +220,7 @@ def _feature_figure(side: Side, rows: Sequence[FeatureShift], scale: alt.Scale) 
     rising = sum(f.policy > f.reference for f in rows)
     caption = (
         f"{rising} of these {len(rows)} features became more active, "
-        f"{sum(f.policy < f.reference for f in rows)} less. Both charts share one scale."
+        f"{sum(f.policy < f.reference for f in rows)} less."
     )
     return _figure(f"features_{side}", chart, f"Features that moved most on {side}", caption)
 
@@ -217,20 +228,26 @@ def _feature_figure(side: Side, rows: Sequence[FeatureShift], scale: alt.Scale) 
 def _curve_caption(curve: Curve, series: Series) -> str:
     show = percent if curve.shares else _plain
     ends = f"{show(series.first)} at the first step, {show(series.last)} over the last tenth."
-    return f"{ends} {_how_drawn(series)}"
+    return ends + _skipped(series)
 
 
-def _how_drawn(series: Series) -> str:
-    parts = []
-    if series.half_life is None:
-        parts.append(f"{series.frame.height} steps, too few to smooth.")
-    else:
-        parts.append(
-            f"Thin: each step. Thick: exponential mean, half-life {series.half_life} steps."
-        )
-    if series.skipped:
-        parts.append(f"{series.skipped} steps without a finite value are not drawn.")
-    return " ".join(parts)
+def _skipped(series: Series) -> str:
+    if not series.skipped:
+        return ""
+    steps = "1 step has" if series.skipped == 1 else f"{series.skipped} steps have"
+    return f" {steps} no finite value and are not drawn."
+
+
+def _reading(series: Sequence[Series]) -> str:
+    if not series:
+        return ""
+    longest = max(series, key=lambda one: one.frame.height)
+    if longest.half_life is None:
+        return "Every step is drawn as it was logged: there are too few to smooth."
+    return (
+        f"Faint lines are single steps; the strong line is their exponential mean with a half-life "
+        f"of {longest.half_life} steps, looking back only."
+    )
 
 
 def _plain(value: float) -> str:

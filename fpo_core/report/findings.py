@@ -8,6 +8,8 @@ from fpo_core.report.model import Interval, MetricRow, RunReport
 from fpo_core.report.numbers import NARROW, NOT_MEASURED, decimals_for, number, percent
 
 Verdict = Literal["better", "worse", "changed", "unclear", "unmeasured", "no comparison"]
+# Below this a bound in whole points could read as 0, which is what an interval is read for.
+_WHOLE_POINTS_FROM = 0.015
 
 
 def is_measured(interval: Interval | None) -> bool:
@@ -122,8 +124,7 @@ def _both(metric: MetricRow) -> tuple[str, str]:
     first = 2 if metric.unit == "share" else metric_decimals(metric)
     for decimals in range(first, 7):
         pair = tuple(
-            with_unit(one.value, metric.unit, decimals)
-            for one in (metric.reference, metric.policy)
+            with_unit(one.value, metric.unit, decimals) for one in (metric.reference, metric.policy)
         )
         if pair[0] != pair[1] or metric.reference.value == metric.policy.value:
             break
@@ -140,10 +141,12 @@ def _change(metric: MetricRow) -> str:
     assert difference is not None
     if not math.isfinite(difference.low) or not math.isfinite(difference.high):
         return "(no interval)"
+    ends = (difference.low, difference.high)
     decimals = metric_decimals(metric)
+    if metric.unit == "share" and min(map(abs, ends)) >= _WHOLE_POINTS_FROM:
+        decimals = 2
     value, low, high = (
-        with_unit(one, metric.unit, decimals, difference=True)
-        for one in (difference.value, difference.low, difference.high)
+        with_unit(one, metric.unit, decimals, difference=True) for one in (difference.value, *ends)
     )
     unit = f"{NARROW}points" if metric.unit == "share" else ""
     return f"({value}{unit}, 95{NARROW}% interval {low} to {high})"

@@ -16,7 +16,7 @@ class Tone(NamedTuple):
     dark: str
 
 
-SURFACE = Tone("#fffffe", "#1a1e24")  # not #ffffff: nothing else in a drawing may match it
+SURFACE = Tone("#fffffe", "#14171c")  # not #ffffff: nothing else in a drawing may match it
 INK = Tone("#1f2329", "#e8eaee")
 MUTED = Tone("#596069", "#a2abb6")
 GRID = Tone("#e5e8ec", "#323943")

@@ -52,7 +52,7 @@ def read_series(training: pl.DataFrame, column: str) -> Series | None:
     half_life = None
     smooth = pl.col("value")
     if finite.height >= MIN_SMOOTHED_STEPS:
-        half_life = max(2, round(finite.height / 20))
+        half_life = max(2, round(finite.height / 30))
         smooth = smooth.ewm_mean(half_life=half_life)
     return Series(
         finite.with_columns(smooth.alias("smooth")), half_life, frame.height - finite.height

@@ -37,7 +37,9 @@ def test_length_does_not_tell_chosen_from_rejected(capsys):
     means = [sum(side) / len(lengths) for side in zip(*lengths, strict=True)]
     longer = sum(chosen > rejected for chosen, rejected in lengths) / len(lengths)
     with capsys.disabled():
-        print(f"\nmean tokens: chosen {means[0]:.1f}, rejected {means[1]:.1f}; chosen longer {longer:.0%}")
+        print(
+            f"\nmean tokens: chosen {means[0]:.1f}, rejected {means[1]:.1f}; chosen longer {longer:.0%}"
+        )
     assert abs(means[0] / means[1] - 1) < 0.05
     assert 0.4 < longer < 0.6
     assert max(max(pair) for pair in lengths) < 120

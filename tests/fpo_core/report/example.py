@@ -123,7 +123,12 @@ def _features() -> tuple[FeatureShift, ...]:
 
 def _stages() -> tuple[StageRow, ...]:
     model = "8f3c1de09b7a" + "0" * 52
-    pairs, reference, features, policy = "4be1097c2a55", "a01d77e2fe10", "c9d2b3345f01", "77aa01e9d3c4"
+    pairs, reference, features, policy = (
+        "4be1097c2a55",
+        "a01d77e2fe10",
+        "c9d2b3345f01",
+        "77aa01e9d3c4",
+    )
     caches = {"reference": reference, "features": features}
     return (
         StageRow("tokenize", f"pairs/{pairs}", "reused", 226, 61_240, 1.4, {"model": model, "train": "1" * 64}),

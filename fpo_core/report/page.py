@@ -1,0 +1,100 @@
+"""Renders a report to ``report.html`` and ``charts/*.png``.
+
+The page needs nothing but itself: styles and drawings are inline, there is no script, and a
+content security policy forbids both scripts and every network request, so that text from data
+stays text even if an escape were missed.
+"""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from fpo_core.report import palette, view
+from fpo_core.report.charts import CHART_NAMES, Drawn, draw
+from fpo_core.report.findings import headline
+from fpo_core.report.model import RunReport
+
+TEMPLATE = "template.html.j2"
+# Control characters and lone surrogates, which HTML cannot hold; \t, \n and \r are text.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def render(report: RunReport, out_dir: Path) -> Path:
+    """Write a report.
+
+    Args:
+        report: the run.
+        out_dir: folder that receives ``report.html`` and ``charts/*.png``; made where missing.
+            Charts of an earlier report in it that this run has no data for are removed.
+
+    Returns:
+        The HTML file.
+    """
+    drawn = draw(report)
+    html = _page(report, drawn)
+    charts = out_dir / "charts"
+    charts.mkdir(parents=True, exist_ok=True)
+    figures = {figure.name: figure.png for figure in (*drawn.curves, *drawn.features)}
+    for name in CHART_NAMES:
+        path = charts / f"{name}.png"
+        if name in figures:
+            _replace(path, figures[name])
+        else:
+            path.unlink(missing_ok=True)
+    page = out_dir / "report.html"
+    _replace(page, html.encode())
+    return page
+
+
+def _page(report: RunReport, drawn: Drawn) -> str:
+    environment = Environment(
+        loader=PackageLoader("fpo_core.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["svg"] = Markup  # our own drawings, never text from data
+    clear, compared = view.clear_changes(report)
+    return environment.get_template(TEMPLATE).render(
+        report=report,
+        drawn=drawn,
+        headline=headline(report),
+        created=view.created_text(report.created),
+        metrics=[view.metric_view(metric) for metric in report.metrics],
+        clear=clear,
+        compared=compared,
+        facts=view.training_facts(report),
+        features=view.feature_views(report.features),
+        open_samples=view.OPEN_SAMPLES,
+        stops=view.STOPS,
+        stages=view.stage_views(report.stages),
+        totals=view.totals(report.stages),
+        dark_rules=Markup(palette.dark_rules()),
+    )
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
+    return value
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: a reader never sees half of one."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        temporary.chmod(0o644)  # mkstemp makes it private, a report is to be passed on
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
