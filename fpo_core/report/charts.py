@@ -14,12 +14,14 @@ import polars as pl
 import vl_convert as vlc
 
 from fpo_core.report import palette
+from fpo_core.report.human import NARROW, number, percent
 from fpo_core.report.model import FeatureShift, RunReport, Side
-from fpo_core.report.numbers import NARROW, number, percent
 from fpo_core.report.series import Series, read_series, thin
 
 PNG_SCALE = 2
 CURVE_HEIGHT, ROW_HEIGHT = 280, 26
+# What layering is typed to return; only layers are made here.
+Chart = alt.LayerChart | alt.FacetChart
 SIDES: tuple[Side, ...] = ("chosen", "rejected")
 SIDE_COLOURS = {"chosen": palette.CHOSEN.light, "rejected": palette.REJECTED.light}
 CHART_NAMES = (
@@ -105,19 +107,18 @@ def _omission(title: str, columns: Sequence[str], *, partly: bool = False) -> st
 def _discrepancy_figure(found: dict[str, Series]) -> Figure:
     curve = Curve("discrepancy", "Feature discrepancy", "distance of SAE features to the reference")
     ends = [
-        f"{_plain(series.first)} on {side} answers at the first step, {_plain(series.last)} over "
-        f"the last tenth"
+        f"from {_plain(series.first)} to {_plain(series.last)} on {side} answers"
         for side, series in found.items()
     ]
     skipped = max(found.values(), key=lambda series: series.skipped)
-    caption = f"{'; '.join(ends)}.{_skipped(skipped)}"
+    caption = f"First step to last tenth: {', '.join(ends)}.{_skipped(skipped)}"
     chart = _layers(curve, found, SIDE_COLOURS, named=True)
     return _figure("discrepancy", chart, curve.title, caption)
 
 
 def _layers(
     curve: Curve, series: dict[str, Series], colours: dict[str, str], *, named: bool = False
-) -> alt.LayerChart:
+) -> Chart:
     steps = alt.Axis(grid=False, format=",d", labelFlush=False, tickCount=6, tickMinStep=1)
     x = alt.X("step:Q").title("step").axis(steps)
     domain = alt.Scale(domain=[0, 1]) if curve.shares else alt.Scale(zero=False, nice=True)
@@ -258,7 +259,7 @@ def _title(title: str, subtitle: str) -> alt.TitleParams:
     return alt.TitleParams(text=title, subtitle=subtitle)
 
 
-def _figure(name: str, chart: alt.LayerChart, title: str, caption: str) -> Figure:
+def _figure(name: str, chart: Chart, title: str, caption: str) -> Figure:
     spec = chart.to_dict()
     spec |= {
         "autosize": {"type": "fit", "contains": "padding"},
@@ -279,4 +280,6 @@ def _inline(svg: str, name: str) -> str:
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = svg.replace("url(#", f"url(#{name}-")
     svg = re.sub(r' xmlns:xlink="[^"]*"| role="[^"]*"| aria-[a-z]+="[^"]*"', "", svg)
-    return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r'\1 aria-hidden="true"', svg, 1)
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r'\1 aria-hidden="true"', svg, count=1
+    )

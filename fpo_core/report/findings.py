@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+from fpo_core.report.human import NARROW, NOT_MEASURED, decimals_for, number, percent
 from fpo_core.report.model import Interval, MetricRow, RunReport
-from fpo_core.report.numbers import NARROW, NOT_MEASURED, decimals_for, number, percent
 
 Verdict = Literal["better", "worse", "changed", "unclear", "unmeasured", "no comparison"]
 # Below this a bound in whole points could read as 0, which is what an interval is read for.

@@ -60,7 +60,7 @@ def _page(report: RunReport, drawn: Drawn) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["svg"] = Markup  # our own drawings, never text from data
+    environment.filters["ours"] = Markup  # drawings and rules made here, never text from data
     clear, compared = view.clear_changes(report)
     return environment.get_template(TEMPLATE).render(
         report=report,
@@ -76,7 +76,7 @@ def _page(report: RunReport, drawn: Drawn) -> str:
         stops=view.STOPS,
         stages=view.stage_views(report.stages),
         totals=view.totals(report.stages),
-        dark_rules=Markup(palette.dark_rules()),
+        dark_rules=palette.dark_rules(),
     )
 
 

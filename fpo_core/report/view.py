@@ -5,8 +5,15 @@ import re
 from datetime import datetime
 from typing import NamedTuple
 
-from fpo_core.report import numbers
-from fpo_core.report.findings import Verdict, excludes_zero, metric_decimals, verdict, with_unit
+from fpo_core.report import human
+from fpo_core.report.findings import (
+    Verdict,
+    excludes_zero,
+    is_measured,
+    metric_decimals,
+    verdict,
+    with_unit,
+)
 from fpo_core.report.model import FeatureShift, Interval, MetricRow, RunReport, StageRow
 
 OPEN_SAMPLES = 12
@@ -22,8 +29,8 @@ MARKS: dict[Verdict, tuple[str, str]] = {
     "worse": ("●", "worse"),
     "changed": ("●", "changed"),
     "unclear": ("○", "no clear change"),
-    "unmeasured": ("", numbers.NOT_MEASURED),
-    "no comparison": ("", ""),
+    "unmeasured": ("", human.NOT_MEASURED),
+    "no comparison": ("", "not compared"),
 }
 VISIBLE_SPACE = str.maketrans({" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"})
 SHORT_DIGEST = 12
@@ -104,10 +111,12 @@ def metric_view(metric: MetricRow) -> MetricView:
             with_unit(one, metric.unit, decimals, difference=difference)
             for one in (interval.value, interval.low, interval.high)
         )
-        if value == numbers.NOT_MEASURED:
+        if value == human.NOT_MEASURED:
             return Value(value, "")
-        unknown = numbers.NOT_MEASURED in (low, high)
-        return Value(value, "no interval" if unknown else f"{low} to {high}")
+        if human.NOT_MEASURED in (low, high):
+            return Value(value, "no interval")
+        # The value above carries the percent sign: three in a cell would be noise.
+        return Value(value, f"{low} to {high}".replace(f"{human.NARROW}%", ""))
 
     after = show(metric.policy)
     assert after is not None
@@ -130,20 +139,20 @@ def _whisker(difference: Interval | None) -> Whisker | None:
 
 def clear_changes(report: RunReport) -> tuple[int, int]:
     """How many differences exclude zero, of how many there are."""
-    found = [m.difference for m in report.metrics if m.difference is not None]
+    found = [m.difference for m in report.metrics if m.difference and is_measured(m.difference)]
     return sum(map(excludes_zero, found)), len(found)
 
 
 def feature_views(shifts: tuple[FeatureShift, ...]) -> tuple[FeatureView, ...]:
     """The table of features; all rows have the decimals that suit the largest change."""
     changes = [abs(shift.policy - shift.reference) for shift in shifts]
-    decimals = numbers.decimals_for(max((c for c in changes if math.isfinite(c)), default=0)) + 1
+    decimals = human.decimals_for(max((c for c in changes if math.isfinite(c)), default=0)) + 1
     return tuple(
         FeatureView(
             shift.feature, shift.side,
-            numbers.number(shift.reference, decimals),
-            numbers.number(shift.policy, decimals),
-            numbers.number(shift.policy - shift.reference, decimals, sign=True),
+            human.number(shift.reference, decimals),
+            human.number(shift.policy, decimals),
+            human.number(shift.policy - shift.reference, decimals, sign=True),
             tuple(token.translate(VISIBLE_SPACE) or "∅" for token in shift.tokens),
         )
         for shift in shifts
@@ -155,8 +164,8 @@ def stage_views(stages: tuple[StageRow, ...]) -> tuple[StageView, ...]:
     made_by = {row.version.rpartition("/")[2]: row.stage for row in stages}
     return tuple(
         StageView(
-            row.stage, row.version, row.state, numbers.count(row.rows), numbers.size(row.bytes),
-            numbers.duration(row.seconds),
+            row.stage, row.version, row.state, human.count(row.rows), human.size(row.bytes),
+            human.duration(row.seconds),
             tuple(
                 InputView(name, made_by.get(version.rpartition("/")[2]), _short(version))
                 for name, version in row.inputs.items()
@@ -188,7 +197,7 @@ def created_text(created: str) -> str:
 def training_facts(report: RunReport) -> list[tuple[str, str]]:
     """Figures of the training run that need no chart."""
     log = report.training
-    facts = [("steps", numbers.count(log.height))] if log.height else []
+    facts = [("steps", human.count(log.height))] if log.height else []
     columns = {name: log[name].cast(float, strict=False).drop_nulls() for name in log.columns}
     columns = {name: c.filter(c.is_finite()) for name, c in columns.items()}
 
@@ -197,12 +206,12 @@ def training_facts(report: RunReport) -> list[tuple[str, str]]:
         if values is not None and len(values):
             facts.append((label, show(values)))
 
-    add("time in steps", "seconds", lambda c: numbers.duration(c.sum()))
+    add("time in steps", "seconds", lambda c: human.duration(c.sum()))
     add("tokens a second, median", "tokens_per_second", lambda c: f"{c.median():,.0f}")
-    add("learning rate at the end", "lr", lambda c: numbers.number(c[-1]))
+    add("learning rate at the end", "lr", lambda c: human.number(c[-1]))
     add(
         "gradient norm, median (largest)", "grad_norm",
-        lambda c: f"{numbers.number(c.median())} ({numbers.number(c.max())})",
+        lambda c: f"{human.number(c.median())} ({human.number(c.max())})",
     )  # fmt: skip
     return facts
 
@@ -211,9 +220,9 @@ def totals(stages: tuple[StageRow, ...]) -> str:
     """One sentence on what this run spent and stored."""
     spent = [row for row in stages if row.state != "reused"]
     reused = len(stages) - len(spent)
-    seconds = numbers.duration(sum(row.seconds for row in spent))
+    seconds = human.duration(sum(row.seconds for row in spent))
     text = f"{len(spent)} of {len(stages)} stages ran, in {seconds}."
     if reused:
         text += f" {reused} {'was' if reused == 1 else 'were'} reused; their times are what they "
         text += "cost when they were computed."
-    return f"{text} Together their artifacts hold {numbers.size(sum(r.bytes for r in stages))}."
+    return f"{text} Together their artifacts hold {human.size(sum(r.bytes for r in stages))}."

@@ -61,12 +61,11 @@ def size(num_bytes: int) -> str:
     """A file size in decimal units, as object stores bill it."""
     if num_bytes < 1000:
         return f"{num_bytes}{NARROW}B"
-    amount = float(num_bytes)
-    for unit in ("kB", "MB", "GB", "TB", "PB"):
+    amount, units = num_bytes / 1000, ["kB", "MB", "GB", "TB", "PB"]
+    while amount >= 999.5 and len(units) > 1:
         amount /= 1000
-        if amount < 999.5:
-            break
-    return f"{amount:.{1 if amount < 99.95 else 0}f}{NARROW}{unit}"
+        del units[0]
+    return f"{amount:.{1 if amount < 99.95 else 0}f}{NARROW}{units[0]}"
 
 
 def duration(seconds: float) -> str:
