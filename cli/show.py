@@ -44,8 +44,8 @@ def print_plan(recipe: Recipe, plan: Plan, store: Store) -> None:
     console.print(table)
     if plan.unresolved:
         console.print(
-            f"not reachable from here: {', '.join(plan.unresolved)}. Their content is not known, so "
-            f"versions are provisional; running needs the network, or local copies.",
+            f"not reachable from here: {', '.join(plan.unresolved)}. Their content is not known, "
+            f"so versions are provisional; running needs the network, or local copies.",
             highlight=False,
         )
 

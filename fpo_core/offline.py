@@ -16,6 +16,7 @@ from fpo_core.data.batches import PairBatch, PairIds, batches_by_length, collate
 from fpo_core.features.pool import top_features
 from fpo_core.features.stats import FeatureAccumulator
 from fpo_core.models.forward import forward_pairs, scored_activations
+from fpo_core.progress import not_shown
 from fpo_core.recipe.schema import FeatureSettings
 from fpo_core.sae.coder import SparseCoder
 
@@ -44,7 +45,7 @@ def score_shard(
     features: FeatureSettings,
     want_reference: bool,
     tokens_per_batch: int,
-    on_tokens: Callable[[int], None] = lambda tokens: None,
+    on_tokens: Callable[[int], None] = not_shown,
 ) -> ShardScores:
     """Score the pairs of a shard with the frozen reference model.
 

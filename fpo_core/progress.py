@@ -12,7 +12,6 @@ from rich.progress import Progress as RichProgress
 log = logging.getLogger("fpo.progress")
 
 LINE_EVERY_SECONDS = 15.0
-SHOW_AFTER_SECONDS = 2.0
 
 
 class Progress:
@@ -75,11 +74,7 @@ class Progress:
             note: a short remark to show beside the rate, such as the current loss.
         """
         self.done += amount
-        rate = (
-            f"{self.rate:,.1f} {self.unit}s/s {note}"
-            if self.rate < 20
-            else (f"{self.rate:,.0f} {self.unit}s/s {note}")
-        )
+        rate = f"{human_rate(self.rate, self.unit)} {note}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.done, rate=rate)
             return
@@ -92,3 +87,14 @@ class Progress:
                 self.label, self.done, self.total, self.unit,
                 100 * self.done / max(self.total, 1), rate.strip(), left,
             )  # fmt: skip
+
+
+def human_rate(rate: float, unit: str) -> str:
+    """A rate for people: units a second, or seconds a unit where that is more than one."""
+    if 0 < rate < 1:
+        return f"{1 / rate:.1f} s/{unit}"
+    return f"{rate:,.1f} {unit}s/s" if rate < 20 else f"{rate:,.0f} {unit}s/s"
+
+
+def not_shown(amount: int) -> None:  # noqa: ARG001 - it takes what a Progress would
+    """The progress callback of a caller that shows none."""

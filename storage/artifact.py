@@ -34,7 +34,7 @@ DECLARED = {
 class Receipt(NamedTuple):
     """Proof that a shard is whole: written after its files."""
 
-    index: int
+    shard: int
     rows: dict[str, int]  # by table
     files: dict[str, dict[str, Any]]  # name -> bytes, sha256
 
@@ -99,8 +99,8 @@ class Artifact:
 
     def _corrupt(self, file: str, why: str) -> ArtifactCorrupt:
         return ArtifactCorrupt(
-            f"{self.name} is damaged: {file}: {why}. Recompute it with `fpo run RECIPE --only STAGE "
-            f"--force` for the stage that makes {self.stage!r}"
+            f"{self.name} is damaged: {file}: {why}. Recompute it with `fpo run RECIPE --only "
+            f"STAGE --force` for the stage that makes {self.stage!r}"
         )
 
     def num_shards(self, table: str = "") -> int:
@@ -167,7 +167,7 @@ class ArtifactWriter:
                 for name, file in receipt.files.items()
             )
             if whole:
-                found[receipt.index] = receipt
+                found[receipt.shard] = receipt
         return found
 
     def put_shard(self, index: int, tables: Mapping[str, pa.Table]) -> Receipt:

@@ -75,13 +75,10 @@ class LocalBackend:
             _sync_folder(path.parent)
 
     def put_file(self, key: str, path: Path) -> None:
-        """See Backend. The source stays; where it can be, it is linked rather than copied."""
+        """See Backend. Copied, never linked: a later edit of the source stays outside."""
         target = self._path(key)
         with self._temporary(target) as temporary:
-            try:
-                os.link(path, temporary)
-            except OSError:
-                shutil.copyfile(path, temporary)
+            shutil.copyfile(path, temporary)
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
             temporary.replace(target)

@@ -1,6 +1,7 @@
 """Write and read Parquet shards: the same table always gives the same bytes."""
 
 import io
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +13,8 @@ COMPRESSION_LEVEL = 3
 
 def parquet_bytes(table: pa.Table) -> bytes:
     """A table as Parquet: zstd, dictionaries on ids and text, byte_stream_split on floats."""
-    floats, others = [], []
+    floats: Any = []
+    others: Any = []
     for path, kind in _leaves(table.schema):
         (floats if pa.types.is_floating(kind) else others).append(path)
     sink = io.BytesIO()
@@ -40,11 +42,15 @@ def check_schema(table: pa.Table, expected: pa.Schema) -> None:
 
 
 def _leaves(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
-    """Column paths as Parquet names them, with their primitive types."""
+    """Column paths as Parquet names them, with their primitive types.
+
+    Arrow calls a list's field ``item``; Parquet calls it ``element``, and pyarrow ignores encodings
+    asked for under any other path.
+    """
 
     def walk(path: str, kind: pa.DataType) -> list[tuple[str, pa.DataType]]:
         if pa.types.is_list(kind):
-            return walk(f"{path}.list.{kind.value_field.name}", kind.value_type)
+            return walk(f"{path}.list.element", kind.value_type)
         if pa.types.is_struct(kind):
             inner = (kind.field(i) for i in range(kind.num_fields))
             return [leaf for field in inner for leaf in walk(f"{path}.{field.name}", field.type)]

@@ -102,7 +102,8 @@ class Store:
             ) from error
         except json.JSONDecodeError as error:
             raise ArtifactCorrupt(
-                f"{stage}/{version}: its manifest is not JSON ({error}); rerun its stage with --force"
+                f"{stage}/{version}: its manifest is not JSON ({error}); rerun its stage with "
+                f"--force"
             ) from error
         if (manifest.get("stage"), manifest.get("version")) != (stage, version):
             raise ArtifactCorrupt(f"{stage}/{version}: its manifest is that of another artifact")

@@ -9,6 +9,7 @@ import polars as pl
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from fpo_core.data.tokenize import ChatFormat
 from fpo_core.evaluation.generate import Answer, Sampling, generate_answers
 from fpo_core.evaluation.heldout import HeldoutScores, score_heldout
 from fpo_core.evaluation.metrics import entropy_metric, heldout_metrics, metric_record
@@ -83,6 +84,7 @@ def _answers(
     if not chosen:
         return []
     prompts = [list(example.ids.prompt) for example in chosen]
+    chat = ChatFormat(tokenizer, run.recipe.data.template)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.seed)
     end_id = chosen[0].ids.chosen[-1]  # every response ends in the end-of-turn token
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id
@@ -96,7 +98,7 @@ def _answers(
     return [
         {
             "pair_id": example.ids.pair_id,
-            "prompt": _question(tokenizer, prompt),
+            "prompt": chat.shown_prompt(prompt),
             **_answer("before", before, tokenizer),
             **_answer("after", after, tokenizer),
         }
@@ -104,11 +106,6 @@ def _answers(
             chosen, prompts, found["before"], found["after"], strict=True
         )
     ]
-
-
-def _question(tokenizer: Any, prompt: list[int]) -> str:
-    """The prompt as people read it: special tokens left out."""
-    return tokenizer.decode(prompt, skip_special_tokens=True).strip()
 
 
 def _answer(name: str, answer: Answer, tokenizer: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -47,7 +48,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(kind: str = "llama", seed: int = 0, **overrides: object) -> LlamaForCausalLM:
+def make_model(kind: str = "llama", seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     """A random model: ``llama``, or ``gemma2`` with soft-capping and sliding windows."""
     torch.manual_seed(seed)
     shape = {
@@ -66,7 +67,7 @@ def make_model(kind: str = "llama", seed: int = 0, **overrides: object) -> Llama
     return Gemma2ForCausalLM(config).eval()  # pyright: ignore[reportReturnType]
 
 
-def save_model(folder: Path, kind: str = "llama", **overrides: object) -> Path:
+def save_model(folder: Path, kind: str = "llama", **overrides: Any) -> Path:
     """Write a tiny model with its tokenizer as a Hugging Face folder."""
     make_model(kind, **overrides).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

@@ -62,8 +62,9 @@ def pair_of(row: Row) -> PreferencePair:
         prompt, chosen, rejected = _parts(value)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise FPOError(
-            f"{row.where}: not a preference pair of a known shape ({type(error).__name__}: {error}); "
-            f"expected prompt/chosen/rejected, ShareGPT conversations, or HH-RLHF dialogues"
+            f"{row.where}: not a preference pair of a known shape ({type(error).__name__}: "
+            f"{error}); expected prompt/chosen/rejected, ShareGPT conversations, or HH-RLHF "
+            f"dialogues"
         ) from error
     if not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
         raise FPOError(f"{row.where}: the prompt does not end in a user's turn")

@@ -24,7 +24,8 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise FPOError(
-            f"data file {str(path)!r} does not exist; a relative path starts at the folder the command runs in"
+            f"data file {str(path)!r} does not exist; a relative path starts at the folder the "
+            f"command runs in"
         )
     if file.stat().st_size == 0:
         raise FPOError(f"data file {str(path)!r} is empty")

@@ -23,7 +23,8 @@ def documents(source: SaeTextSettings) -> Iterator[str | Messages]:
             yield from _documents_of(row.value, source.kind)
         except (KeyError, TypeError, IndexError) as error:
             raise FPOError(
-                f"{row.where}: not a row of kind {source.kind!r} (missing {error}); see `fpo --help`"
+                f"{row.where}: not a row of kind {source.kind!r} (missing {error}); set the "
+                f"source's `kind` to what the file holds: text, instruction, preference or arena"
             ) from error
 
 

@@ -25,8 +25,11 @@ REASONS: dict[str, str] = {
 }
 
 
+_MARK = "\N{REPLACEMENT CHARACTER}"  # stands for the question where the template is split
+
+
 class TokenizedPair(NamedTuple):
-    """A pair as token ids. The prompt includes BOS and the turn opener, responses the end of turn."""
+    """A pair as token ids: the prompt with BOS and turn opener, responses with the end of turn."""
 
     pair_id: str
     prompt_ids: list[int]
@@ -84,6 +87,14 @@ class ChatFormat:
         if self.template == "halos":
             return self._halos(tuple(turns)) + self.tokenizer.eos_token
         return self.tokenizer.apply_chat_template(turns, tokenize=False)
+
+    def shown_prompt(self, prompt_ids: list[int]) -> str:
+        """A prompt for people: without what the template writes around a single user's turn."""
+        text = self.tokenizer.decode(prompt_ids)
+        before, after = self.prompt_text(({"role": "user", "content": _MARK},)).split(_MARK)
+        if text.startswith(before) and text.endswith(after):
+            return text[len(before) : len(text) - len(after)].strip()
+        return self.tokenizer.decode(prompt_ids, skip_special_tokens=True).strip()
 
     def _halos(self, turns: tuple[Message, ...]) -> str:
         text = "\n".join(f"<|{turn['role']}|>\n{turn['content']}" for turn in turns)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fpo_core.logprobs import entropies, output_head
+from fpo_core.progress import not_shown
 
 
 class Answer(NamedTuple):
@@ -34,7 +35,7 @@ def generate_answers(
     end_id: int,
     pad_id: int,
     batch_size: int = 16,
-    on_answers: Callable[[int], None] = lambda answers: None,
+    on_answers: Callable[[int], None] = not_shown,
 ) -> list[Answer]:
     """Answer every prompt.
 

@@ -11,6 +11,7 @@ from fpo_core.features.discrepancy import feature_discrepancy
 from fpo_core.features.pool import pool_features
 from fpo_core.logprobs import kl_divergences, output_head, sum_by_response
 from fpo_core.models.forward import forward_pairs
+from fpo_core.progress import not_shown
 from fpo_core.sae.coder import SparseCoder
 from fpo_core.training.examples import Example, reference_features
 
@@ -38,7 +39,7 @@ def score_heldout(
     *,
     k: int,
     tokens_per_batch: int,
-    on_pairs: Callable[[int], None] = lambda pairs: None,
+    on_pairs: Callable[[int], None] = not_shown,
 ) -> HeldoutScores:
     """Run policy and reference over the held-out pairs.
 

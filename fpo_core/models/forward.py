@@ -4,6 +4,7 @@ The offline reference pass, training and evaluation all come through here, so th
 reference are computed by the same code on the same positions.
 """
 
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -42,11 +43,8 @@ def forward_pairs(model: Any, batch: PairBatch, layer: int) -> PairForward:
 
 def scored_activations(model: Any, batch: PairBatch, layer: int) -> Tensor:
     """The activations [N, d_model] alone: blocks after ``layer`` and the head do not run."""
-    with capture_resid_post(model, layer, stop=True) as capture:
-        try:
-            _decoder(model, batch)
-        except StopForward:
-            pass
+    with capture_resid_post(model, layer, stop=True) as capture, suppress(StopForward):
+        _decoder(model, batch)
     return at_scored(capture.value, batch)
 
 

@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -88,10 +88,7 @@ def capture_resid_post(model: nn.Module, layer: int, *, stop: bool = False) -> I
 
 @torch.no_grad()
 def resid_post(model: nn.Module, layer: int, input_ids: Tensor) -> Tensor:
-    """The residual stream [batch, tokens, d_model] after block ``layer``; later blocks do not run."""
-    with capture_resid_post(model, layer, stop=True) as capture:
-        try:
-            model(input_ids=input_ids, use_cache=False)
-        except StopForward:
-            pass
+    """The residual stream [batch, tokens, d_model] after block ``layer``; later ones do not run."""
+    with capture_resid_post(model, layer, stop=True) as capture, suppress(StopForward):
+        model(input_ids=input_ids, use_cache=False)
     return capture.value

@@ -61,7 +61,8 @@ class SaeTextSettings(Settings):
 
     path: str = Field(description="JSON or JSONL file")
     kind: Literal["text", "instruction", "preference", "arena"] = Field(
-        description="`text` rows, instruction/input/output rows, preference pairs, or Arena-Hard answers"
+        description="`text` rows, instruction/input/output rows, preference pairs, or "
+        "Arena-Hard answers"
     )
 
 

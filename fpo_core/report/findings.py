@@ -122,13 +122,14 @@ def _both(metric: MetricRow) -> tuple[str, str]:
     """Before and after, with as many digits as it takes to tell them apart."""
     assert metric.reference is not None
     first = 2 if metric.unit == "share" else metric_decimals(metric)
+    same = metric.reference.value == metric.policy.value
+    before = after = ""
     for decimals in range(first, 7):
-        pair = tuple(
-            with_unit(one.value, metric.unit, decimals) for one in (metric.reference, metric.policy)
-        )
-        if pair[0] != pair[1] or metric.reference.value == metric.policy.value:
+        before = with_unit(metric.reference.value, metric.unit, decimals)
+        after = with_unit(metric.policy.value, metric.unit, decimals)
+        if before != after or same:
             break
-    return pair[0], pair[1]
+    return before, after
 
 
 def _value(metric: MetricRow) -> str:

@@ -136,8 +136,8 @@ def check_fits(
     """
     if coder.d_in != hidden_size:
         raise FPOError(
-            f"SAE {name}: it reads activations of width {coder.d_in} (d_in), the model's hidden size "
-            f"is {hidden_size}; choose an SAE trained on this model"
+            f"SAE {name}: it reads activations of width {coder.d_in} (d_in), the model's hidden "
+            f"size is {hidden_size}; choose an SAE trained on this model"
         )
     if layer >= num_layers:
         raise FPOError(f"sae.layer={layer}: the model has layers 0 to {num_layers - 1}")

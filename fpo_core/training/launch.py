@@ -53,7 +53,7 @@ def run_workers(job: TrainingJob, ranks: int, on_step: Callable[[dict[str, Any]]
         str(job.output / JOB_FILE),
     ]  # fmt: skip
     with (job.output / LOG_FILE).open("wb") as log:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603 - our own command, no shell
             command, stdout=log, stderr=subprocess.STDOUT, env=_environment(job),
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )  # fmt: skip

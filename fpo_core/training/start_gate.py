@@ -54,13 +54,15 @@ def check_start(
     faults = []
     if not report.logp_drift <= LOGP_TOLERANCE[dtype]:
         faults.append(
-            f"`reference`: the cached log-probs differ from the policy's by {report.logp_drift:.3g} "
-            f"nats a token (pair {_worst(drift, pair_ids)}; {dtype} explains {LOGP_TOLERANCE[dtype]:g})"
+            f"`reference`: the cached log-probs differ from the policy's by "
+            f"{report.logp_drift:.3g} nats a token (pair {_worst(drift, pair_ids)}; {dtype} "
+            f"explains {LOGP_TOLERANCE[dtype]:g})"
         )
     if not report.discrepancy <= DISCREPANCY_TOLERANCE[dtype]:
         faults.append(
-            f"`features`: the discrepancy is {report.discrepancy:.3g} of the features' own size "
-            f"(pair {_worst(relative, pair_ids)}; {dtype} explains {DISCREPANCY_TOLERANCE[dtype]:g})"
+            f"`features`: the discrepancy is {report.discrepancy:.3g} of the features' own "
+            f"size (pair {_worst(relative, pair_ids)}; {dtype} explains "
+            f"{DISCREPANCY_TOLERANCE[dtype]:g})"
         )
     if faults:
         raise FPOError(

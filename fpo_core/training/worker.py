@@ -80,6 +80,7 @@ class Trainer:
         self.steps = num_steps(len(self.examples), job.settings.batch_size, job.settings.epochs)
         self.coder: SparseCoder = load_coder(job.sae_folder).to(self.device)
         self.engine = self._engine()
+        self.grad_norm: float | None = None
 
     def _engine(self) -> Any:
         import deepspeed
@@ -165,11 +166,20 @@ class Trainer:
             # DeepSpeed averages over ranks; the objective is the mean over the global batch.
             weight = self.world / len(batch) if rows else 0.0
             self.engine.backward(losses.sum() * weight)
+            if number == len(groups) - 1:
+                self.grad_norm = self._fp32_grad_norm()
             self.engine.step()
             if rows:
                 totals += torch.tensor(sums, dtype=torch.float64)
         torch.distributed.all_reduce(totals := totals.to(self.device))
         return StepMetrics(*totals.tolist())
+
+    def _fp32_grad_norm(self) -> float | None:
+        """The unclipped gradient's norm on the plain float32 path, where DeepSpeed reports none."""
+        if self.cuda or self.job.settings.zero_stage:
+            return None
+        grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads))
 
     def _micro_batches(self, mine: list[Example]) -> list[list[int]]:
         """Rows of each micro-batch; as many on every rank, for ZeRO reduces at each backward.
@@ -226,17 +236,20 @@ class Trainer:
     def _record(self, step: int, sums: StepMetrics, pairs: int, seconds: float) -> dict[str, Any]:
         means = {name: value / pairs for name, value in sums._asdict().items()}
         del means["tokens"]
-        norm = self.engine.get_global_grad_norm()
         return {
             "step": step,
             "steps": self.steps,
             "pairs": pairs,
             **means,
-            "grad_norm": None if norm is None else float(norm),
+            "grad_norm": self._grad_norm(),
             "lr": float(self.engine.get_lr()[0]),
             "seconds": seconds,
             "tokens_per_second": sums.tokens / seconds,
         }
+
+    def _grad_norm(self) -> float | None:
+        norm = self.engine.get_global_grad_norm()
+        return self.grad_norm if norm is None else float(norm)
 
     def _save(self) -> None:
         if self.rank == 0:

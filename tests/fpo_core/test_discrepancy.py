@@ -1,4 +1,4 @@
-"""Feature discrepancy: hand-worked values, a float64 reference, and the exactness of its gradient."""
+"""Feature discrepancy: hand-worked values, a float64 reference, an exact gradient."""
 
 import torch
 from hypothesis import given, settings
@@ -44,7 +44,7 @@ def by_the_paper(coder, x, lengths, reference, k):
     seed=st.integers(0, 500), shift=st.sampled_from([0.0, 0.3, -50.0]), centred=st.booleans(),
 )  # fmt: skip
 def test_value_and_gradient_equal_the_full_encode(lengths, k, seed, shift, centred):
-    """Includes all-zero features (shift -50 with a positive-only encoder) and one-token responses."""
+    """With all-zero features (shift -50, a positive-only encoder) and one-token responses."""
     coder = make_coder(seed=seed, centred=centred)
     if shift == -50.0:
         coder = coder._replace(b_enc=coder.b_enc - 50)

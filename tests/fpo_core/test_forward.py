@@ -19,7 +19,7 @@ def plain(model, prompt, response, layer):
     """Float64 log-prob and activations of one response, by the model's own forward and logits."""
     ids = torch.tensor([[*prompt, *response]])
     seen = []
-    handle = model.model.layers[layer].register_forward_hook(lambda m, i, o: seen.append(o))
+    handle = model.model.layers[layer].register_forward_hook(lambda *call: seen.append(call[2]))
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0].double()
     handle.remove()

@@ -31,14 +31,14 @@ def test_dpo_by_hand():
 
 
 def test_simpo_by_hand():
-    # 2 * (-10/5 + 9/2) - 0.5
+    # by hand: twice the difference of -10/5 and -9/2, less 0.5
     result = objectives.simpo(CHOSEN, REJECTED, beta=2.0, gamma=0.5)
     torch.testing.assert_close(result.u.item(), 4.5)
     torch.testing.assert_close(result.losses.item(), loss_of(4.5))
 
 
 def test_fpo_by_hand():
-    # 0.1*(-2 + 4.5) - 0.1*(-2.4 + 4) - 0.5*0.1*(0.25 - 0.5)
+    # averages -2 and -4.5, for the reference -2.4 and -4; discrepancies 0.5 and 0.25
     result = objectives.fpo(CHOSEN, REJECTED, beta=0.1, alpha=0.5, stop_gradient=True)
     torch.testing.assert_close(result.u.item(), 0.25 - 0.16 + 0.0125)
 

@@ -28,7 +28,7 @@ def test_enough_distinct_pairs_on_many_topics():
 
 
 @pytest.mark.slow  # converts the quickstart's model when it is not in the cache yet
-def test_length_does_not_tell_chosen_from_rejected(capsys):
+def test_length_does_not_tell_chosen_from_rejected():
     tokenizer = load_tokenizer(model_folder(load_recipe("quickstart").model.source))
     lengths = [
         [len(tokenizer(row[side])["input_ids"]) for side in ("chosen", "rejected")]
@@ -36,10 +36,7 @@ def test_length_does_not_tell_chosen_from_rejected(capsys):
     ]
     means = [sum(side) / len(lengths) for side in zip(*lengths, strict=True)]
     longer = sum(chosen > rejected for chosen, rejected in lengths) / len(lengths)
-    with capsys.disabled():
-        print(
-            f"\nmean tokens: chosen {means[0]:.1f}, rejected {means[1]:.1f}; chosen longer {longer:.0%}"
-        )
-    assert abs(means[0] / means[1] - 1) < 0.05
-    assert 0.4 < longer < 0.6
+    # What recipes/data/quickstart/README.md reports.
+    assert [round(mean, 1) for mean in means] == [34.2, 33.5]
+    assert round(longer, 2) == 0.47
     assert max(max(pair) for pair in lengths) < 120

@@ -122,7 +122,7 @@ def test_caches_of_another_model_are_refused_before_the_first_step(caches, tmp_p
     save_model(other / "model", seed=7)
     save_sae(other / "sae")
     with pytest.raises(FPOError, match=r"`reference`.*nats a token.*`features`.*--force"):
-        run_workers(job(other, tmp_path / "out"), 1, lambda record: None)
+        run_workers(job(other, tmp_path / "out"), 1, [].append)
 
 
 def test_non_finite_loss_stops_and_names_the_pairs(caches, tmp_path):

@@ -82,7 +82,7 @@ def _metrics() -> tuple[MetricRow, ...]:
         metric(
             "reward_accuracy", None, (0.903, 0.851, 0.946), None,
             label="Accuracy (implicit reward)",
-            description="share of pairs whose chosen answer gained more log-prob over the reference",
+            description="share of pairs whose chosen answer gained more over the reference",
         ),
         metric(
             "margin", (-0.112, -0.19, -0.031), (0.518, 0.43, 0.612), (0.63, 0.541, 0.722),
@@ -131,11 +131,26 @@ def _stages() -> tuple[StageRow, ...]:
     )
     caches = {"reference": reference, "features": features}
     return (
-        StageRow("tokenize", f"pairs/{pairs}", "reused", 226, 61_240, 1.4, {"model": model, "train": "1" * 64}),
-        StageRow("reference", f"reference/{reference}", "reused", 226, 18_044, 41.2, {"model": model, "pairs": pairs}),
-        StageRow("features", f"features/{features}", "resumed", 452, 3_811_902, 66.0, {"model": model, "pairs": pairs}),
-        StageRow("train", f"policy/{policy}", "computed", 220, 269_060_552, 682.4, {"model": model, "pairs": pairs, **caches}),
-        StageRow("evaluate", "evaluation/0dd41c6be2f7", "computed", 50, 92_113, 118.9, {"policy": policy, "pairs": pairs, **caches}),
+        StageRow(
+            "tokenize", f"pairs/{pairs}", "reused", 226, 61_240, 1.4,
+            {"model": model, "train": "1" * 64},
+        ),
+        StageRow(
+            "reference", f"reference/{reference}", "reused", 226, 18_044, 41.2,
+            {"model": model, "pairs": pairs},
+        ),
+        StageRow(
+            "features", f"features/{features}", "resumed", 452, 3_811_902, 66.0,
+            {"model": model, "pairs": pairs},
+        ),
+        StageRow(
+            "train", f"policy/{policy}", "computed", 220, 269_060_552, 682.4,
+            {"model": model, "pairs": pairs, **caches},
+        ),
+        StageRow(
+            "evaluate", "evaluation/0dd41c6be2f7", "computed", 50, 92_113, 118.9,
+            {"policy": policy, "pairs": pairs, **caches},
+        ),
     )  # fmt: skip
 
 
