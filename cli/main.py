@@ -209,3 +209,7 @@ def _log_to_terminal() -> None:
     logger.setLevel(os.environ.get("FPO_LOG", "INFO"))
     logger.addHandler(handler)
     logger.propagate = False
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -10,21 +10,23 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from fpo_core.data.tokenize import ChatFormat
-from fpo_core.evaluation.generate import Answer, Sampling, generate_answers
-from fpo_core.evaluation.heldout import HeldoutScores, score_heldout
-from fpo_core.evaluation.metrics import entropy_metric, heldout_metrics, metric_record
 from fpo_core.models.load import load_model, load_tokenizer, prepare_cpu
 from fpo_core.progress import Progress
-from fpo_core.training.examples import Example, read_examples
 from storage.store import ArtifactWriter
 from tasks.announce import announce
 from tasks.offline import attached_coder
 from tasks.run import Outcome, PipelineRun, Work
 from tasks.train import shard_paths
 
+if TYPE_CHECKING:
+    from fpo_core.evaluation.generate import Answer
+    from fpo_core.evaluation.heldout import HeldoutScores
+    from fpo_core.training.examples import Example
+
 log = logging.getLogger("fpo.stage")
 
 MOVED_FEATURES = 20
+SHOWN_TOKENS = 6
 
 
 @task(name="evaluate", task_run_name="evaluate", cache_policy=NO_CACHE)
@@ -34,6 +36,10 @@ def evaluate(run: PipelineRun) -> Outcome:
 
 
 def _evaluate(run: PipelineRun, writer: ArtifactWriter) -> Work:
+    from fpo_core.evaluation.heldout import score_heldout
+    from fpo_core.evaluation.metrics import entropy_metric, heldout_metrics, metric_record
+    from fpo_core.training.examples import read_examples
+
     settings = run.recipe.evaluation
     prepare_cpu(run.recipe.resources.threads)
     examples = read_examples(
@@ -65,7 +71,7 @@ def _evaluate(run: PipelineRun, writer: ArtifactWriter) -> Work:
     for name, frame in (
         ("pairs", _pair_frame(scores)),
         ("answers", pl.DataFrame(answers)),
-        ("features", _moved_features(scores)),
+        ("features", _moved_features(run, scores, tokenizer)),
     ):
         path = scratch / f"{name}.parquet"
         frame.write_parquet(path)
@@ -77,8 +83,10 @@ def _evaluate(run: PipelineRun, writer: ArtifactWriter) -> Work:
 
 
 def _answers(
-    run: PipelineRun, policy: Any, reference: Any, tokenizer: Any, examples: list[Example]
+    run: PipelineRun, policy: Any, reference: Any, tokenizer: Any, examples: list["Example"]
 ) -> list[dict[str, Any]]:
+    from fpo_core.evaluation.generate import Sampling, generate_answers
+
     settings = run.recipe.evaluation
     chosen = examples[: settings.prompts]
     if not chosen:
@@ -108,7 +116,7 @@ def _answers(
     ]
 
 
-def _answer(name: str, answer: Answer, tokenizer: Any) -> dict[str, Any]:
+def _answer(name: str, answer: "Answer", tokenizer: Any) -> dict[str, Any]:
     return {
         name: tokenizer.decode(answer.ids, skip_special_tokens=True).strip(),
         f"{name}_stop": answer.stop,
@@ -117,7 +125,7 @@ def _answer(name: str, answer: Answer, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _pair_frame(scores: HeldoutScores) -> pl.DataFrame:
+def _pair_frame(scores: "HeldoutScores") -> pl.DataFrame:
     columns: dict[str, Any] = {"pair_id": scores.pair_ids}
     for name in ("tokens", "policy_logps", "reference_logps", "kl", "discrepancy"):
         values = getattr(scores, name)
@@ -125,8 +133,8 @@ def _pair_frame(scores: HeldoutScores) -> pl.DataFrame:
     return pl.DataFrame(columns)
 
 
-def _moved_features(scores: HeldoutScores) -> pl.DataFrame:
-    """The features whose mean pooled activation moved most, on either side."""
+def _moved_features(run: PipelineRun, scores: "HeldoutScores", tokenizer: Any) -> pl.DataFrame:
+    """The features whose mean pooled activation moved most, on either side, and where they fire."""
     rows = []
     for side, name in enumerate(("chosen", "rejected")):
         moved = scores.policy_means[side] - scores.reference_means[side]
@@ -139,4 +147,26 @@ def _moved_features(scores: HeldoutScores) -> pl.DataFrame:
                     "policy": float(scores.policy_means[side][feature]),
                 }
             )
-    return pl.DataFrame(rows)
+    tokens = firing_tokens(run, {row["feature"] for row in rows})
+    for row in rows:
+        row["tokens"] = [tokenizer.decode([token]) for token in tokens[row["feature"]]]
+    return pl.DataFrame(rows, schema_overrides={"tokens": pl.List(pl.String)})
+
+
+def firing_tokens(run: PipelineRun, features: set[int]) -> dict[int, list[int]]:
+    """The tokens that each feature is most active on in the reference's cache, strongest first."""
+    found = (
+        run.artifact("features")
+        .scan("tokens")
+        .select("token_id", "indices", "values")
+        .explode("indices", "values")
+        .filter(pl.col("indices").is_in(features))
+        .group_by("indices", "token_id")
+        .agg(pl.col("values").max())
+        .sort("values", "token_id", descending=[True, False])
+        .group_by("indices", maintain_order=True)
+        .agg(pl.col("token_id").head(SHOWN_TOKENS))
+        .collect()
+    )
+    tokens = dict(zip(found["indices"].to_list(), found["token_id"].to_list(), strict=True))
+    return {feature: tokens.get(feature, []) for feature in features}

@@ -4,7 +4,6 @@ import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from fpo_core.features.stats import merge_stats
 from storage.schemas import FEATURES_STATS
 from storage.store import ArtifactWriter
 from tasks.announce import announce
@@ -19,6 +18,8 @@ def features(run: PipelineRun) -> Outcome:
 
 
 def _extract(run: PipelineRun, writer: ArtifactWriter) -> Work:
+    from fpo_core.features.stats import merge_stats
+
     tokens = score_shards(run, None, writer)
     shards = []
     for number in sorted(writer.finished_shards()):

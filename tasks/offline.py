@@ -7,17 +7,13 @@ has to merge the statistics and commit. Both stay separately versioned and resum
 
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from fpo_core.data.batches import PairIds
 from fpo_core.errors import FPOError
-from fpo_core.models.hooks import decoder_layers
 from fpo_core.models.load import load_model, prepare_cpu
-from fpo_core.offline import ShardScores, score_shard
 from fpo_core.progress import Progress
-from fpo_core.sae.coder import SparseCoder, check_fits, load_coder
 from fpo_core.sae.source import sae_folder
 from storage.schemas import (
     FEATURES_POOLED,
@@ -27,6 +23,11 @@ from storage.schemas import (
 )
 from storage.store import ArtifactWriter
 from tasks.run import PipelineRun
+
+if TYPE_CHECKING:
+    from fpo_core.data.batches import PairIds
+    from fpo_core.offline import ShardScores
+    from fpo_core.sae.coder import SparseCoder
 
 log = logging.getLogger("fpo.stage")
 
@@ -47,6 +48,8 @@ def score_shards(
     Returns:
         Tokens processed.
     """
+    from fpo_core.offline import score_shard
+
     pairs = run.artifact("tokenize")
     todo = _missing(pairs.num_shards(), reference, features)
     if not todo:
@@ -85,7 +88,7 @@ def _missing(
 
 def _write(
     shard: int,
-    scores: ShardScores,
+    scores: "ShardScores",
     reference: ArtifactWriter | None,
     features: ArtifactWriter | None,
 ) -> None:
@@ -100,8 +103,10 @@ def _write(
         features.put_shard(shard, tables)
 
 
-def read_pair_ids(table: pa.Table) -> list[PairIds]:
+def read_pair_ids(table: pa.Table) -> list["PairIds"]:
     """A shard of ``pairs`` as token ids."""
+    from fpo_core.data.batches import PairIds
+
     return [
         PairIds(row["pair_id"], row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
         for row in table.to_pylist()
@@ -116,12 +121,15 @@ def sae_path(run: PipelineRun) -> Path:
     return sae_folder(run.recipe.sae.source)
 
 
-def attached_coder(run: PipelineRun, model: Any) -> SparseCoder:
+def attached_coder(run: PipelineRun, model: Any) -> "SparseCoder":
     """The SAE, checked against the model it is to read.
 
     Raises:
         FPOError: when it does not fit the model, or is too small for the recipe's k.
     """
+    from fpo_core.models.hooks import decoder_layers
+    from fpo_core.sae.coder import check_fits, load_coder
+
     name = run.recipe.sae.source or "trained by this recipe"
     coder = load_coder(sae_path(run))
     layers = len(decoder_layers(model))

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import polars as pl
 import yaml
-from fpo_core.report.page import render
 
-from fpo_core.models.load import load_tokenizer
 from fpo_core.report.model import (
     FeatureShift,
     Interval,
@@ -17,11 +15,11 @@ from fpo_core.report.model import (
     Sample,
     StageRow,
 )
+from fpo_core.report.page import render
 from storage.provenance import provenance
 from tasks.run import Outcome, PipelineRun
 
 SHOWN_FEATURES = 12
-SHOWN_TOKENS = 6
 
 
 def write_report(
@@ -97,32 +95,9 @@ def _features(run: PipelineRun) -> tuple[FeatureShift, ...]:
     moved = pl.read_parquet(run.artifact("evaluate").path("features.parquet"))
     moved = moved.sort((pl.col("policy") - pl.col("reference")).abs(), descending=True)
     moved = moved.head(SHOWN_FEATURES)
-    tokens = firing_tokens(run, moved["feature"].to_list())
     return tuple(
         FeatureShift(
-            row["feature"], row["side"], row["reference"], row["policy"],
-            tokens.get(row["feature"], ()),
+            row["feature"], row["side"], row["reference"], row["policy"], tuple(row["tokens"])
         )
         for row in moved.to_dicts()
     )  # fmt: skip
-
-
-def firing_tokens(run: PipelineRun, features: list[int]) -> dict[int, tuple[str, ...]]:
-    """The tokens that features are most active on, strongest first, as text."""
-    table = (
-        run.artifact("features")
-        .scan("tokens")
-        .select("token_id", "indices", "values")
-        .explode("indices", "values")
-        .filter(pl.col("indices").is_in(features))
-        .group_by("indices", "token_id")
-        .agg(pl.col("values").max())
-        .sort("values", "token_id", descending=[True, False])
-        .collect()
-    )
-    tokenizer = load_tokenizer(run.model_path())
-    found: dict[int, tuple[str, ...]] = {}
-    for feature in features:
-        ids = table.filter(pl.col("indices") == feature)["token_id"].head(SHOWN_TOKENS).to_list()
-        found[feature] = tuple(tokenizer.decode([token]) for token in ids)
-    return found

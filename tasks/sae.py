@@ -6,12 +6,8 @@ import logging
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from fpo_core.data.text import token_windows
 from fpo_core.models.load import load_model, load_tokenizer, prepare_cpu
-from fpo_core.sae.coder import CONFIG_FILE, WEIGHTS_FILE, load_coder
-from fpo_core.sae.collect import SKIP_POSITIONS, collect_activations
-from fpo_core.sae.quality import sae_quality
-from fpo_core.sae.train import train_sae
+from fpo_core.sae.source import CONFIG_FILE, WEIGHTS_FILE
 from storage.store import ArtifactWriter
 from tasks.announce import announce
 from tasks.run import Outcome, PipelineRun, Work
@@ -26,6 +22,12 @@ def sae(run: PipelineRun) -> Outcome:
 
 
 def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
+    from fpo_core.data.text import token_windows
+    from fpo_core.sae.coder import load_coder
+    from fpo_core.sae.collect import SKIP_POSITIONS, collect_activations
+    from fpo_core.sae.quality import sae_quality
+    from fpo_core.sae.train import train_sae
+
     settings, layer = run.recipe.sae.train, run.recipe.sae.layer
     assert settings is not None
     prepare_cpu(run.recipe.resources.threads)

@@ -11,10 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from fpo_core.models.load import load_tokenizer
 from fpo_core.progress import Progress
-from fpo_core.training.examples import num_steps
-from fpo_core.training.job import TrainingJob
-from fpo_core.training.launch import run_workers
-from fpo_core.training.worker import MODEL_FOLDER
+from fpo_core.training.job import MODEL_FOLDER, TrainingJob
 from storage.store import Artifact, ArtifactWriter
 from tasks.announce import announce
 from tasks.offline import sae_path
@@ -30,6 +27,8 @@ def train(run: PipelineRun) -> Outcome:
 
 
 def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
+    from fpo_core.training.launch import run_workers
+
     output = writer.scratch() / "attempt"
     shutil.rmtree(output, ignore_errors=True)
     job = training_job(run, output)
@@ -86,5 +85,7 @@ def shard_paths(artifact: Artifact, table: str = "") -> tuple[Path, ...]:
 
 
 def _total_steps(run: PipelineRun) -> int:
+    from fpo_core.training.examples import num_steps
+
     pairs = run.artifact("tokenize").manifest["stats"]["pairs"]["train"]
     return num_steps(pairs, run.recipe.train.batch_size, run.recipe.train.epochs)

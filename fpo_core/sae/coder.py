@@ -7,7 +7,6 @@ What an SAE declares is honoured or refused by name, never ignored. Encoding is 
 Shapes: N tokens, F = d_sae.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fpo_core.errors import FPOError
+from fpo_core.sae.source import WEIGHTS_FILE, read_config
 
 ARCHITECTURES = ("standard", "jumprelu")
-CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 
 
 class SparseCoder(NamedTuple):
@@ -95,20 +94,6 @@ def load_coder(folder: Path) -> SparseCoder:
             f"SAE {folder}: weights are {tuple(coder.W_enc.shape)}, cfg.json says {declared}"
         )
     return coder
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The SAE's ``cfg.json``."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise FPOError(
-            f"SAE {str(folder)!r}: no {CONFIG_FILE} there. Give a folder in sae-lens' disk format "
-            f"({CONFIG_FILE}, {WEIGHTS_FILE}) or release:sae_id from sae-lens' directory"
-        )
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise FPOError(f"SAE {path}: not JSON (line {error.lineno}: {error.msg})") from error
 
 
 def _refuse_unsupported(config: dict[str, Any], folder: Path) -> None:

@@ -5,10 +5,12 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from fpo_core.errors import FPOError
 from fpo_core.models.source import ModelIdentity, cache_folder, file_digest
-from fpo_core.sae.coder import CONFIG_FILE, WEIGHTS_FILE, read_config
+
+CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"  # sae-lens' disk format
 
 
 def is_release(source: str) -> bool:
@@ -27,6 +29,20 @@ def identify_sae(source: str) -> ModelIdentity:
     parts = {name: file_digest(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return ModelIdentity(f"sae:{digest}")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The SAE's ``cfg.json``."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FPOError(
+            f"SAE {str(folder)!r}: no {CONFIG_FILE} there. Give a folder in sae-lens' disk format "
+            f"({CONFIG_FILE}, {WEIGHTS_FILE}) or release:sae_id from sae-lens' directory"
+        )
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise FPOError(f"SAE {path}: not JSON (line {error.lineno}: {error.msg})") from error
 
 
 def local_folder(source: str) -> Path:

@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict
 
 from fpo_core.recipe.schema import DEFAULT_ALPHA, DEFAULT_BETA, DEFAULT_GAMMA, TrainSettings
 
+# What the workers write below the job's output folder.
+ERROR_FILE, METRICS_FILE, MODEL_FOLDER = "error.json", "metrics.jsonl", "model"
+
 
 class TrainingJob(BaseModel):
     """Local files and settings of one training run."""

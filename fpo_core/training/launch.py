@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 from fpo_core.errors import FPOError
-from fpo_core.training.job import TrainingJob
-from fpo_core.training.worker import ERROR_FILE, METRICS_FILE
+from fpo_core.training.job import ERROR_FILE, METRICS_FILE, TrainingJob
 
 JOB_FILE, LOG_FILE = "job.json", "workers.log"
 POLL_SECONDS = 0.2

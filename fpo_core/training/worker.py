@@ -29,10 +29,8 @@ from fpo_core.training.examples import (
     read_examples,
     reference_features,
 )
-from fpo_core.training.job import TrainingJob
+from fpo_core.training.job import ERROR_FILE, METRICS_FILE, MODEL_FOLDER, TrainingJob
 from fpo_core.training.start_gate import check_start
-
-ERROR_FILE, METRICS_FILE, MODEL_FOLDER = "error.json", "metrics.jsonl", "model"
 
 
 class Policy(nn.Module):

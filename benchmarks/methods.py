@@ -1,0 +1,109 @@
+"""Compare the objectives on one recipe's held-out pairs, from one set of caches.
+
+    python -m benchmarks.methods --recipe quickstart --seeds 0 1 2
+
+Every run is an ordinary ``fpo run`` with ``train.method`` and ``train.seed`` set, so what is stored
+already is reused and an interrupted comparison goes on where it stopped. Prints a Markdown table:
+mean over the seeds, and the smallest and largest in brackets.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fpo_core.quiet import set_quiet_defaults
+from fpo_core.recipe import load_recipe
+from storage.store import Store, open_store
+from tasks.plan import make_plan
+
+METHODS = ("dpo", "simpo", "fpo")
+
+
+class Column(NamedTuple):
+    """One column of the table."""
+
+    key: str  # of the metric
+    title: str
+    digits: int
+
+
+COLUMNS = (
+    Column("accuracy", "accuracy", 3),
+    Column("reward_accuracy", "reward accuracy", 3),
+    Column("margin", "margin, nats a token", 3),
+    Column("kl_chosen", "KL chosen, nats", 2),
+    Column("kl_rejected", "KL rejected, nats", 2),
+    Column("discrepancy", "feature discrepancy", 3),
+    Column("entropy", "entropy, nats", 3),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", default="quickstart")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE")
+    parser.add_argument("--store", default="fpo-store")
+    options = parser.parse_args(arguments)
+    store = open_store(options.store)
+    runs: dict[str, list[dict[str, dict]]] = {}
+    for method in options.methods:
+        for seed in options.seeds:
+            overrides = [*options.set, f"train.method={method}", f"train.seed={seed}"]
+            run(options.recipe, overrides, options.store, f"{method}-{seed}")
+            runs.setdefault(method, []).append(metrics(options.recipe, overrides, store))
+    print(table(runs))
+
+
+def run(recipe: str, overrides: list[str], store: str, name: str) -> None:
+    """``fpo run`` in a process of its own, as a user would."""
+    settings = [part for override in overrides for part in ("--set", override)]
+    command = [
+        sys.executable, "-m", "cli.main", "run", recipe, *settings, "--store", store,
+        "--report", f"reports/methods/{name}",
+    ]  # fmt: skip
+    print("$ fpo", *command[3:], file=sys.stderr, flush=True)
+    subprocess.run(command, check=True)
+
+
+def metrics(recipe: str, overrides: list[str], store: Store) -> dict[str, dict]:
+    """The stored metrics of a finished run, by key."""
+    plan = make_plan(load_recipe(recipe, overrides), store)
+    planned = plan.stages["evaluate"]
+    path = store.artifact(planned.artifact, planned.version).path("metrics.json")
+    return {record["key"]: record for record in json.loads(path.read_text())}
+
+
+def table(runs: dict[str, list[dict[str, dict]]]) -> str:
+    """A Markdown table: the reference, then a line a method."""
+    lines = [
+        "| | " + " | ".join(column.title for column in COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
+    first = next(iter(runs.values()))[0]
+    lines.append("| reference | " + " | ".join(_before(first[c.key], c) for c in COLUMNS) + " |")
+    for method, found in runs.items():
+        cells = [_spread([r[c.key]["policy"]["value"] for r in found], c.digits) for c in COLUMNS]
+        lines.append(f"| {method.upper()} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _before(record: dict, column: Column) -> str:
+    value = record["reference"]
+    return "" if value is None else f"{value['value']:.{column.digits}f}"
+
+
+def _spread(values: list[float], digits: int) -> str:
+    low, high = min(values), max(values)
+    return f"{statistics.mean(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+if __name__ == "__main__":
+    set_quiet_defaults()
+    main()
