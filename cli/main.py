@@ -140,7 +140,8 @@ def report(
             f"{', '.join(unfinished)} missing; run `fpo run {recipe}` with the same --set first"
         )
     pipeline = PipelineRun(settings, artifacts, planned, frozenset())
-    write_report(pipeline, output or default_report_folder(pipeline))
+    page = write_report(pipeline, output or default_report_folder(pipeline))
+    logging.getLogger("fpo").info("report     %s", page)
 
 
 store_app = typer.Typer(

@@ -3,6 +3,7 @@
 pairs -> reference -> features -> policy -> evaluation   (+ sae, where one is trained)
 """
 
+import logging
 from pathlib import Path
 
 from prefect import flow
@@ -13,11 +14,13 @@ from tasks.evaluate import evaluate
 from tasks.features import features
 from tasks.plan import make_plan, selected_stages
 from tasks.reference import reference
-from tasks.report import write_report
+from tasks.report import is_current, write_report
 from tasks.run import Outcome, PipelineRun
 from tasks.sae import sae
 from tasks.tokenize import tokenize
 from tasks.train import train
+
+log = logging.getLogger("fpo.flow")
 
 
 @flow(name="fpo-pipeline", flow_run_name="{recipe}", validate_parameters=True)
@@ -60,7 +63,11 @@ def fpo_pipeline(
         outcomes["train"] = train(run)
     if "evaluate" in stages:
         outcomes["evaluate"] = evaluate(run)
-        write_report(run, Path(report_folder or default_report_folder(run)), outcomes)
+        folder = Path(report_folder or default_report_folder(run))
+        nothing_new = all(outcome.state == "reused" for outcome in outcomes.values())
+        if not (nothing_new and is_current(run, folder)):
+            write_report(run, folder, outcomes)
+        log.info("report     %s", folder / "report.html")
     return outcomes
 
 

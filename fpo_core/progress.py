@@ -28,6 +28,7 @@ class Progress:
         self.label, self.total, self.unit, self.done = label, total, unit, done
         self._began_at = done
         self._start = self._last_line = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first advance came, and done then
         self._bar: RichProgress | None = None
 
     def __enter__(self) -> "Progress":
@@ -63,8 +64,11 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units a second in this run."""
-        return (self.done - self._began_at) / max(self.seconds, 1e-9)
+        """Units a second in this run; what came before the first of them (start-up) left out."""
+        if self._first is None or self.done == self._first[1]:
+            return (self.done - self._began_at) / max(self.seconds, 1e-9)
+        since, done = self._first
+        return (self.done - done) / max(time.monotonic() - since, 1e-9)
 
     def advance(self, amount: int, note: str = "") -> None:
         """Count work as done.
@@ -74,6 +78,8 @@ class Progress:
             note: a short remark to show beside the rate, such as the current loss.
         """
         self.done += amount
+        if self._first is None:
+            self._first = time.monotonic(), self.done
         rate = f"{human_rate(self.rate, self.unit)} {note}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.done, rate=rate)

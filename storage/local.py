@@ -93,10 +93,12 @@ class LocalBackend:
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """See Backend. Temporary files of a killed writer are not objects."""
+        yield from sorted(self._found(prefix))
+
+    def _found(self, prefix: str) -> Iterator[Entry]:
         base = self.root / prefix.rpartition("/")[0]
-        for folder, folders, names in os.walk(base):
-            folders.sort()
-            for name in sorted(names):
+        for folder, _, names in os.walk(base):
+            for name in names:
                 if name.startswith((_TEMPORARY, _LOCK)):
                     continue
                 path = Path(folder) / name

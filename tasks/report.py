@@ -16,7 +16,6 @@ from fpo_core.report.model import (
     StageRow,
 )
 from fpo_core.report.page import render
-from storage.provenance import provenance
 from tasks.run import Outcome, PipelineRun
 
 SHOWN_FEATURES = 12
@@ -38,6 +37,14 @@ def write_report(
     return render(gather(run, outcomes or {}), folder)
 
 
+def is_current(run: PipelineRun, folder: Path) -> bool:
+    """Whether the folder's report is of this very evaluation already."""
+    page = folder / "report.html"
+    planned = run.planned("evaluate")
+    mark = f'<meta name="fpo-evaluation" content="{planned.artifact}/{planned.version}">'
+    return page.is_file() and mark in page.read_text(encoding="utf-8", errors="replace")
+
+
 def gather(run: PipelineRun, outcomes: Mapping[str, Outcome]) -> RunReport:
     """Everything the report shows, read from the run's artifacts."""
     evaluation = run.artifact("evaluate")
@@ -49,7 +56,7 @@ def gather(run: PipelineRun, outcomes: Mapping[str, Outcome]) -> RunReport:
         method=run.recipe.train.method,
         title=f"{run.recipe.name}: {run.recipe.train.method.upper()}",
         created=evaluation.manifest["created"],
-        git_commit=provenance().get("git_commit"),
+        git_commit=evaluation.manifest["provenance"].get("git_commit"),
         stages=tuple(_stage(run, stage, outcomes.get(stage)) for stage in run.plan.stages),
         training=pl.read_parquet(run.artifact("train").path("metrics.parquet")),
         metrics=tuple(_metric(record) for record in metrics),
@@ -59,9 +66,9 @@ def gather(run: PipelineRun, outcomes: Mapping[str, Outcome]) -> RunReport:
             for r in answers
         ),
         recipe_yaml=yaml.safe_dump(recipe, sort_keys=False),
-        notes=(
-            f"Intervals are over {evaluation.manifest['stats']['heldout_pairs']} held-out pairs.",
-        ),
+        notes=(),
+        evaluation=f"{evaluation.stage}/{evaluation.version}",
+        heldout_pairs=evaluation.manifest["stats"]["heldout_pairs"],
     )
 
 

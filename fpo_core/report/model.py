@@ -88,4 +88,5 @@ class RunReport:
     samples: tuple[Sample, ...]
     recipe_yaml: str
     notes: tuple[str, ...]
+    evaluation: str = ""  # the artifact it was made from
     heldout_pairs: int | None = None  # that the intervals are over

@@ -71,6 +71,9 @@ class Trainer:
 
         self.job = job
         self.cuda = torch.cuda.is_available()
+        # Else DeepSpeed compiles a shared-memory all-reduce when it first starts on a CPU, which
+        # takes a C++ compiler and most of a minute, and serves several ranks of one machine only.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if self.cuda else "gloo", verbose=False)
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if self.cuda else "cpu"
