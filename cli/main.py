@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from fpo_core.errors import FPOError, RecipeError
+from fpo_core.errors import FPOError, UsageError
 from fpo_core.quiet import set_quiet_defaults
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
@@ -20,15 +20,15 @@ FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 EXAMPLES = """
 Align a model to preference pairs while holding its SAE features near a reference's (FPO).
 
+\b
 Examples:
-
-  fpo run quickstart                              the whole pipeline, on a CPU, in minutes
-  fpo run quickstart --set train.alpha=1.0        only training and evaluation run again
-  fpo run quickstart --set train.method=dpo       another objective from the same caches
-  fpo run quickstart --only features --force      one stage by itself
-  fpo plan gemma2b                                what would run, before anything runs
-  fpo store ls                                    what is stored
-  fpo report quickstart                           the report of a finished run
+  fpo run quickstart                          the whole pipeline, on a CPU
+  fpo run quickstart --set train.alpha=1.0    trains and evaluates again, no more
+  fpo run quickstart --set train.method=dpo   another objective, the same caches
+  fpo run quickstart --only features --force  one stage by itself
+  fpo plan gemma2b                            what would run, before it runs
+  fpo store ls                                what is stored
+  fpo report quickstart                       the report of a finished run
 """
 
 app = typer.Typer(
@@ -76,6 +76,8 @@ def run(
 
     Stages that are done are reused; a run that was interrupted goes on where it stopped.
 
+    \b
+    Examples:
       fpo run quickstart
       fpo run quickstart --set train.method=simpo --set train.seed=1
       fpo run quickstart --from train --force
@@ -96,9 +98,11 @@ def run(
 
 @app.command()
 def plan(recipe: Recipe, overrides: Overrides = None, store: StoreUrl = DEFAULT_STORE) -> None:
-    """Show which stages would be reused, resumed or computed, before anything runs.
+    """Show what a run would reuse, resume or compute.
 
-    fpo plan quickstart --set train.alpha=1.0
+    \b
+    Example:
+      fpo plan quickstart --set train.alpha=1.0
     """
     from cli.show import print_plan
     from fpo_core.recipe import load_recipe
@@ -119,9 +123,11 @@ def report(
     ] = None,
     store: StoreUrl = DEFAULT_STORE,
 ) -> None:
-    """Write the report of a finished run again, from its stored artifacts.
+    """Write a finished run's report again.
 
-    fpo report quickstart --set train.method=dpo -o reports/dpo
+    \b
+    Example:
+      fpo report quickstart --set train.method=dpo -o reports/dpo
     """
     from flows.pipeline import default_report_folder
     from fpo_core.recipe import load_recipe
@@ -152,7 +158,12 @@ app.add_typer(store_app, name="store")
 
 @store_app.command("ls")
 def store_ls(store: StoreUrl = DEFAULT_STORE) -> None:
-    """List the artifacts: stage, version, state, rows, size, age and who refers to them."""
+    """List the artifacts.
+
+    \b
+    Example:
+      fpo store ls --store /data/fpo-store
+    """
     from cli.show import print_artifacts
     from storage.store import open_store
 
@@ -161,34 +172,45 @@ def store_ls(store: StoreUrl = DEFAULT_STORE) -> None:
 
 @store_app.command("show")
 def store_show(
-    artifact: Annotated[str, typer.Argument(help="STAGE/VERSION, or the start of a version.")],
+    artifact: Annotated[str, typer.Argument(help="STAGE/VERSION, or the start of either.")],
     store: StoreUrl = DEFAULT_STORE,
 ) -> None:
-    """Show one artifact's manifest: inputs, settings, statistics, files."""
+    """Show one artifact's manifest: inputs, settings, statistics, files.
+
+    \b
+    Example:
+      fpo store show features
+    """
     from cli.show import print_artifact
     from storage.store import open_store
 
     print_artifact(open_store(store), artifact)
 
 
-def main() -> None:
-    """Entry point of the ``fpo`` command."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the ``fpo`` command; leaves by SystemExit.
+
+    Args:
+        arguments: of the command line; the process's own where left out.
+    """
     set_quiet_defaults()
     # Prefect's own log lines are for its UI; here a person reads ours.
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_LOGGING_TO_API_ENABLED", "false")
     _log_to_terminal()
-    from storage.errors import StoreError
+    from storage.errors import ArtifactCorrupt, StoreError
 
     try:
-        app(standalone_mode=False)
+        app(args=arguments, standalone_mode=False)
     except typer.Exit as exit_:
         sys.exit(exit_.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except RecipeError as error:
+    except UsageError as error:
         _fail(error, WRONG_USAGE)
+    except ArtifactCorrupt as error:
+        _fail(error, FAILED, _recompute(error.artifact))
     except (FPOError, StoreError) as error:
         _fail(error, FAILED)
     except Exception as error:
@@ -198,9 +220,16 @@ def main() -> None:
         raise
 
 
-def _fail(error: Exception, code: int) -> None:
-    print(f"error: {error}", file=sys.stderr)
+def _fail(error: Exception, code: int, remedy: str = "") -> None:
+    print(f"error: {error}{remedy}", file=sys.stderr)
     sys.exit(code)
+
+
+def _recompute(artifact: str) -> str:
+    from tasks.plan import ARTIFACTS
+
+    stage = next((stage for stage, made in ARTIFACTS.items() if made == artifact), "STAGE")
+    return f". Recompute it with `fpo run RECIPE --only {stage} --force`"
 
 
 def _log_to_terminal() -> None:
@@ -208,7 +237,7 @@ def _log_to_terminal() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("fpo")
     logger.setLevel(os.environ.get("FPO_LOG", "INFO"))
-    logger.addHandler(handler)
+    logger.handlers = [handler]
     logger.propagate = False
 
 

@@ -9,5 +9,9 @@ class FPOError(Exception):
     """A mistake in the user's input or surroundings, told in words he can act on."""
 
 
-class RecipeError(FPOError):
-    """A recipe or override that cannot be read: wrong usage, before anything ran."""
+class UsageError(FPOError):
+    """A command or parameter that makes no sense as given: nothing ran."""
+
+
+class RecipeError(UsageError):
+    """A recipe or override that cannot be read."""

@@ -98,10 +98,7 @@ class Artifact:
         return path
 
     def _corrupt(self, file: str, why: str) -> ArtifactCorrupt:
-        return ArtifactCorrupt(
-            f"{self.name} is damaged: {file}: {why}. Recompute it with `fpo run RECIPE --only "
-            f"STAGE --force` for the stage that makes {self.stage!r}"
-        )
+        return ArtifactCorrupt(f"{self.name} is damaged: {file}: {why}", self.stage)
 
     def num_shards(self, table: str = "") -> int:
         """Number of shards of a table."""

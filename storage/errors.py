@@ -10,7 +10,16 @@ class ArtifactMissing(StoreError):
 
 
 class ArtifactCorrupt(StoreError):
-    """A file whose size or checksum is not what the manifest says."""
+    """A file whose size or checksum is not what the manifest says.
+
+    Args:
+        message: what is wrong.
+        artifact: name of the artifact, such as ``features``.
+    """
+
+    def __init__(self, message: str, artifact: str) -> None:
+        super().__init__(message)
+        self.artifact = artifact
 
 
 class StoreUnwritable(StoreError):

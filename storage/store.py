@@ -102,11 +102,12 @@ class Store:
             ) from error
         except json.JSONDecodeError as error:
             raise ArtifactCorrupt(
-                f"{stage}/{version}: its manifest is not JSON ({error}); rerun its stage with "
-                f"--force"
+                f"{stage}/{version} is damaged: its manifest is not JSON ({error})", stage
             ) from error
         if (manifest.get("stage"), manifest.get("version")) != (stage, version):
-            raise ArtifactCorrupt(f"{stage}/{version}: its manifest is that of another artifact")
+            raise ArtifactCorrupt(
+                f"{stage}/{version} is damaged: its manifest is that of another artifact", stage
+            )
         return Artifact(self._backend, stage, version, manifest)
 
     def writer(self, stage: str, version: str) -> ArtifactWriter:
@@ -146,17 +147,16 @@ class Store:
         )
 
     def find(self, name: str) -> ArtifactInfo:
-        """The artifact named ``stage/version``, or by the start of its version.
+        """The artifact named ``stage/version``, or by the start of either.
 
         Raises:
             ArtifactMissing: none matches.
             StoreError: several do.
         """
-        stage, _, version = name.rpartition("/")
         matches = [
             info
             for info in self.artifacts()
-            if info.version.startswith(version) and stage in ("", info.stage)
+            if f"{info.stage}/{info.version}".startswith(name) or info.version.startswith(name)
         ]
         if not matches:
             raise ArtifactMissing(

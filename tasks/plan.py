@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fpo_core.data.source import identify_data
-from fpo_core.errors import FPOError
+from fpo_core.errors import FPOError, UsageError
 from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe
 from fpo_core.recipe.schema import DEFAULT_ALPHA, DEFAULT_BETA, DEFAULT_GAMMA, TrainSettings
@@ -160,16 +160,16 @@ def selected_stages(plan: Plan, first: str | None, only: str | None) -> list[str
     """The stages a run is asked to bring about.
 
     Raises:
-        FPOError: an unknown stage, both options at once, or inputs that an earlier stage that is
-            not selected has not made.
+        UsageError: an unknown stage, or both options at once.
+        FPOError: inputs that an earlier stage that is not selected has not made.
     """
     if first and only:
-        raise FPOError("--from and --only cannot be used together")
+        raise UsageError("--from and --only cannot be used together")
     asked = first or only
     stages = list(plan.stages)
     if asked and asked not in stages:
         why = " (this recipe's SAE is a stored one)" if asked == "sae" else ""
-        raise FPOError(f"unknown stage {asked!r}{why}; stages: {', '.join(stages)}")
+        raise UsageError(f"unknown stage {asked!r}{why}; stages: {', '.join(stages)}")
     if not asked:
         return stages
     start = stages.index(asked)

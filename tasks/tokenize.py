@@ -113,7 +113,7 @@ def _nothing_left(split: str, dropped: list[DroppedPair]) -> str:
 def _tell_dropped(dropped: list[DroppedPair], reasons: Counter[str]) -> None:
     """Say which pairs were left out; the whole list is in the artifact's dropped.jsonl."""
     for reason, count in reasons.items():
-        log.info("%d pairs dropped: %s", count, REASONS[reason])
+        log.info("%d pair%s dropped: %s", count, "s" * (count > 1), REASONS[reason])
     for pair in dropped[:NAMED_IN_ERROR]:
         log.info("  %s: %s", pair.where, pair.detail)
     if len(dropped) > NAMED_IN_ERROR:

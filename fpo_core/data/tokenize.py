@@ -125,7 +125,9 @@ def tokenize_pairs(
     exclude: frozenset[str] = frozenset(),
     chunk: int = 256,
 ) -> Iterator[TokenizedPair | DroppedPair]:
-    """Tokenize pairs in order, chunk by chunk (the tokenizer is faster on many texts).
+    """Tokenize pairs, chunk by chunk (the tokenizer is faster on many texts).
+
+    Tokenized pairs keep their order; one that is dropped before tokenization may come earlier.
 
     Args:
         pairs: the pairs.

@@ -60,6 +60,7 @@ def load_model(folder: Path, *, dtype: str, attention: str, device: str = "cpu")
         device: torch device.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -69,7 +70,7 @@ def load_model(folder: Path, *, dtype: str, attention: str, device: str = "cpu")
             attn_implementation=attention,
             local_files_only=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise FPOError(f"model folder {folder.name} could not be loaded: {error}") from error
     return model.eval().to(device).requires_grad_(False)
 

@@ -75,7 +75,7 @@ REFUSED = {
     "wrong type": ("train: {lr: fast}", (), r"train\.lr: .*valid number.*given: 'fast'"),
     "negative": ("train: {lr: -1}", (), r"train\.lr: .*greater than 0 \(given: -1\)"),
     "unknown choice": ("", ("train.method=ppo",), r"train\.method: .*'fpo', 'dpo' or 'simpo'"),
-    "alpha of DPO": ("", ("train.method=dpo", "train.alpha=1"), r"train\.alpha weighs.*dpo has not"),
+    "alpha of DPO": ("", ("train.method=dpo", "train.alpha=1"), r"alpha weighs.*dpo has not"),
     "gamma of FPO": ("", ("train.gamma=1",), r"train\.gamma is SimPO's"),
     "two SAEs": (
         "", ("sae.train={text: [], d_sae: 1, k: 1, steps: 1, lr: 1}",),

@@ -131,7 +131,7 @@ def test_damage_is_found_when_read_and_named(store, finished, damage, message):
 def test_a_damaged_manifest_is_named(store, finished):
     manifest = data_file(store).parents[1] / "manifest.json"
     manifest.write_text(manifest.read_text()[:100])
-    with pytest.raises(ArtifactCorrupt, match=r"manifest is not JSON.*--force"):
+    with pytest.raises(ArtifactCorrupt, match=r"damaged: its manifest is not JSON"):
         store.artifact("reference", VERSION)
 
 

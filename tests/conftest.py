@@ -1,0 +1,82 @@
+"""What all tests share: quiet libraries, a Prefect of their own, the ``fpo`` command."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from fpo_core.quiet import set_quiet_defaults
+
+set_quiet_defaults()
+os.environ["PREFECT_LOGGING_LEVEL"] = "CRITICAL"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["FPO_LOG"] = "INFO"
+os.environ.pop("FPO_STORE", None)
+
+
+class Result(NamedTuple):
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prefect_home(tmp_path_factory) -> Iterator[None]:
+    """Prefect's database and profiles in a folder of this session, also for processes it starts."""
+    before = os.environ.get("PREFECT_HOME")
+    os.environ["PREFECT_HOME"] = str(tmp_path_factory.mktemp("prefect"))
+    yield
+    if before is None:
+        del os.environ["PREFECT_HOME"]
+    else:
+        os.environ["PREFECT_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def prefect_server(prefect_home) -> Iterator[None]:
+    """A real Prefect server on SQLite, one for all flows that run inside the test process."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+class FinishedRun(NamedTuple):
+    """A tiny recipe that ran to its end, for tests that only read; others copy the store."""
+
+    recipe: Path
+    store: Path
+    report: Path
+
+
+@pytest.fixture(scope="session")
+def finished_run(prefect_server, tmp_path_factory) -> FinishedRun:
+    """``fpo run`` on a random model of three layers: every stage, real workers included."""
+    from cli.main import main
+    from tests.tiny import save_recipe
+
+    folder = tmp_path_factory.mktemp("run")
+    run = FinishedRun(save_recipe(folder), folder / "store", folder / "report")
+    main(["run", str(run.recipe), "--store", str(run.store), "--report", str(run.report)])
+    return run
+
+
+@pytest.fixture
+def fpo(prefect_server, capfd) -> Callable[..., Result]:
+    """Run the ``fpo`` command in this process."""
+    from cli.main import main
+
+    def call(*arguments: object) -> Result:
+        capfd.readouterr()
+        code = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+        return Result(code, *capfd.readouterr())
+
+    return call
