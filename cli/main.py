@@ -87,8 +87,10 @@ def run(
     settings = load_recipe(recipe, overrides or [])  # wrong usage shows before anything starts
     if (Path(store) / "artifacts").is_dir() is False:
         logging.getLogger("fpo").info("store: %s (new)", store)
+    from cli.server import contain_prefect_server
     from flows.pipeline import fpo_pipeline
 
+    contain_prefect_server()
     logging.getLogger("fpo").info("recipe %s, method %s", settings.name, settings.train.method)
     fpo_pipeline(
         recipe=recipe, overrides=overrides or [], from_stage=from_stage, only_stage=only_stage,
@@ -197,13 +199,16 @@ def main(arguments: list[str] | None = None) -> None:
     # Prefect's own log lines are for its UI; here a person reads ours.
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_LOGGING_TO_API_ENABLED", "false")
+    # The first start makes its database, which takes a slow disk longer than Prefect's 20 seconds.
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
     _log_to_terminal()
     from storage.errors import ArtifactCorrupt, StoreError
 
     try:
-        app(args=arguments, standalone_mode=False)
-    except typer.Exit as exit_:
-        sys.exit(exit_.exit_code)
+        code = app(args=arguments, standalone_mode=False)
+        if code == INTERRUPTED:  # how typer hands on Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -5,7 +5,6 @@ group, so Prefect's cancellation and Ctrl-C reach them, and the kernel ends them
 dies (parent-death signal), SIGKILL included.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -19,12 +18,12 @@ from typing import Any
 import torch
 
 from fpo_core.errors import FPOError
+from fpo_core.processes import end_with_parent
 from fpo_core.training.job import ERROR_FILE, METRICS_FILE, TrainingJob
 
 JOB_FILE, LOG_FILE = "job.json", "workers.log"
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0
-_PR_SET_PDEATHSIG = 1
 
 
 def run_workers(job: TrainingJob, ranks: int, on_step: Callable[[dict[str, Any]], None]) -> None:
@@ -54,7 +53,7 @@ def run_workers(job: TrainingJob, ranks: int, on_step: Callable[[dict[str, Any]]
     with (job.output / LOG_FILE).open("wb") as log:
         process = subprocess.Popen(  # noqa: S603 - our own command, no shell
             command, stdout=log, stderr=subprocess.STDOUT, env=_environment(job),
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=end_with_parent(),
         )  # fmt: skip
         try:
             for record in _follow(process, job.output / METRICS_FILE):
@@ -75,10 +74,6 @@ def _environment(job: TrainingJob) -> dict[str, str]:
     env["OMP_NUM_THREADS"] = str(job.threads or torch.get_num_threads())
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     return env
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _follow(process: subprocess.Popen[bytes], metrics: Path) -> Iterator[dict[str, Any]]:
