@@ -1,0 +1,22 @@
+"""A random SAE and pairs of random token ids."""
+
+import pytest
+import torch
+
+from fpo_core.data.batches import PairIds
+from tests.tiny import save_sae
+
+
+@pytest.fixture(scope="module")
+def sae(tmp_path_factory):
+    return save_sae(tmp_path_factory.mktemp("sae"))
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    generator = torch.Generator().manual_seed(3)
+
+    def ids(count):
+        return torch.randint(2, 400, (count,), generator=generator).tolist()
+
+    return [PairIds(f"p{n}", ids(2 + n), ids(1 + n % 4), ids(1 + (3 * n) % 5)) for n in range(6)]

@@ -1,0 +1,152 @@
+"""Held-out metrics and sampled answers against plain computations."""
+
+import numpy as np
+import pytest
+import torch
+
+from fpo_core.evaluation.generate import Sampling, generate_answers, mean_entropy
+from fpo_core.evaluation.heldout import HeldoutScores, score_heldout
+from fpo_core.evaluation.metrics import METRICS, bootstrap_draws, estimate, heldout_metrics
+from fpo_core.sae.coder import load_coder
+from fpo_core.training.examples import Example, PooledFeatures
+from tests.fpo_core.test_offline import plain, score
+from tests.tiny import D_SAE, SAE_LAYER, make_model
+
+
+@pytest.fixture
+def examples(pairs, sae):
+    """Held-out examples with the reference side as the offline pass caches it."""
+    scores = score(make_model(), pairs, sae)
+    assert scores.reference is not None
+    assert scores.pooled is not None
+    stored = [
+        PooledFeatures(np.asarray(indices), np.asarray(values, dtype=np.float32), cutoff)
+        for indices, values, cutoff in zip(
+            scores.pooled["indices"], scores.pooled["values"], scores.pooled["cutoff"], strict=True
+        )
+    ]
+    logps = zip(scores.reference["chosen_logp"], scores.reference["rejected_logp"], strict=True)
+    return [
+        Example(pair, (float(chosen), float(rejected)), (stored[2 * n], stored[2 * n + 1]))
+        for n, (pair, (chosen, rejected)) in enumerate(zip(pairs, logps, strict=True))
+    ]
+
+
+def test_scores_equal_the_plain_computation(examples, sae):
+    policy, reference = make_model(seed=5), make_model()
+    found = score_heldout(
+        policy, reference, examples, load_coder(sae), SAE_LAYER, k=8, tokens_per_batch=40
+    )
+    for row, example in enumerate(examples):
+        for side, response in enumerate((example.ids.chosen, example.ids.rejected)):
+            response = list(response)
+            logp, _ = plain(make_model(seed=5), example.ids.prompt, response)
+            assert found.policy_logps[row, side] == pytest.approx(logp, abs=2e-4)
+            assert found.tokens[row, side] == len(response)
+            kl = plain_kl(example.ids.prompt, response)
+            assert found.kl[row, side] == pytest.approx(kl, rel=1e-3)
+    assert found.policy_means.shape == (2, D_SAE)
+    assert (found.discrepancy > 0).all()
+
+
+def plain_kl(prompt, response) -> float:
+    """Sum over scored positions of KL(reference || policy), from full logits in float64."""
+    ids = torch.tensor([[*prompt, *response]])
+    logps = []
+    for seed in (0, 5):
+        with torch.no_grad():
+            logits = make_model(seed=seed).double()(input_ids=ids).logits[0]
+        logps.append(torch.log_softmax(logits[len(prompt) - 1 : -1], -1))
+    return float((logps[0].exp() * (logps[0] - logps[1])).sum())
+
+
+def test_the_reference_measured_against_itself_is_at_zero(examples, sae):
+    found = score_heldout(
+        make_model(), make_model(), examples, load_coder(sae), SAE_LAYER, k=8, tokens_per_batch=40
+    )
+    np.testing.assert_allclose(found.policy_logps, found.reference_logps, atol=1e-4)
+    np.testing.assert_allclose(found.kl, 0, atol=1e-5)
+    np.testing.assert_allclose(found.discrepancy, 0, atol=1e-8)
+
+
+def scores_by_hand() -> HeldoutScores:
+    return HeldoutScores(
+        ["a", "b"],
+        tokens=np.array([[2.0, 4.0], [1.0, 2.0]]),
+        policy_logps=np.array([[-2.0, -8.0], [-3.0, -2.0]]),
+        reference_logps=np.array([[-4.0, -6.0], [-4.0, -4.0]]),
+        kl=np.array([[1.0, 2.0], [3.0, 6.0]]),
+        discrepancy=np.array([[0.1, 0.3], [0.5, 0.7]]),
+        policy_means=np.zeros((2, 3)), reference_means=np.zeros((2, 3)),
+    )  # fmt: skip
+
+
+def test_metrics_by_hand():
+    found = {metric.key: metric for metric in heldout_metrics(scores_by_hand(), 100, 0)}
+    assert set(found) == set(METRICS)
+    # Averages: policy -1 and -2, then -3 and -1; reference -2 and -1.5, then -4 and -2.
+    assert found["accuracy"].policy.value == 0.5
+    assert found["accuracy"].reference.value == 0.0
+    assert found["accuracy"].difference.value == 0.5
+    assert found["margin"].policy.value == pytest.approx((1 - 2) / 2)
+    # Rewards: +2 and -2, then +1 and +2.
+    assert found["reward_accuracy"].policy.value == 0.5
+    assert found["kl_chosen"].policy.value == 2.0
+    assert found["discrepancy"].policy.value == pytest.approx((0.2 + 0.6) / 2)
+
+
+def test_intervals_equal_scipys_percentile_bootstrap():
+    from scipy.stats import bootstrap
+
+    values = np.random.default_rng(0).exponential(size=60)
+    ours = estimate(values, bootstrap_draws(60, 20_000, seed=1))
+    theirs = bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(2)
+    ).confidence_interval
+    assert ours.value == values.mean()
+    assert ours.low == pytest.approx(theirs.low, abs=0.01)
+    assert ours.high == pytest.approx(theirs.high, abs=0.01)
+
+
+def test_greedy_answers_do_not_depend_on_what_they_are_batched_with():
+    model = make_model()
+    prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
+    sampling = Sampling(max_new_tokens=8, temperature=0.0, seed=0)
+    together = generate_answers(model, prompts, sampling, end_id=1, pad_id=1)
+    for prompt, answer in zip(prompts, together, strict=True):
+        (alone,) = generate_answers(model, [prompt], sampling, end_id=1, pad_id=1)
+        assert alone.ids == answer.ids
+        assert alone.entropy == pytest.approx(answer.entropy, rel=1e-4)
+
+
+def test_answers_stop_at_the_end_of_turn_and_say_so():
+    model = make_model()
+    prompt = [5, 6, 7]
+    sampling = Sampling(max_new_tokens=6, temperature=0.0, seed=0)
+    (free,) = generate_answers(model, [prompt], sampling, end_id=399, pad_id=1)
+    assert (free.stop, len(free.ids)) == ("length", 6)
+    end = free.ids[3]
+    (ended,) = generate_answers(model, [prompt], sampling, end_id=end, pad_id=1)
+    assert ended.stop == "end of turn"
+    assert ended.ids == free.ids[: free.ids.index(end)]
+
+
+def test_sampling_is_repeatable_and_seeded():
+    model = make_model()
+    drawn = [
+        generate_answers(
+            model, [[5, 6]], Sampling(12, 1.0, seed), end_id=1, pad_id=1
+        )[0].ids
+        for seed in (0, 0, 1)
+    ]  # fmt: skip
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_entropy_is_that_of_the_untempered_distribution():
+    model = make_model()
+    prompt, answer = [5, 6, 7], [20, 30, 40, 50]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].double()
+    p = torch.softmax(logits[len(prompt) - 1 : -1], -1)
+    expected = float(-(p * p.log()).sum(-1).mean())
+    assert mean_entropy(model, prompt, answer) == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,148 @@
+"""SAEs: our encoder against sae-lens' own, what is refused, the shipped one, and training one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fpo_core.errors import FPOError
+from fpo_core.sae.coder import load_coder
+from fpo_core.sae.source import sae_folder
+from tests.tiny import D_SAE, HIDDEN, save_sae
+
+SHIPPED = Path(__file__).parents[2] / "recipes" / "data" / "smollm2-135m-sae"
+
+
+def sae_lens_load(folder: Path):
+    from sae_lens import SAE
+
+    return SAE.load_from_disk(folder, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "standard"])
+@pytest.mark.parametrize("centred", [True, False])
+def test_encode_and_decode_equal_sae_lens(tmp_path, architecture, centred):
+    folder = save_sae(tmp_path, architecture=architecture, apply_b_dec_to_input=centred)
+    if architecture == "standard":
+        drop_threshold(folder)
+    ours, theirs = load_coder(folder), sae_lens_load(folder)
+    x = 3 * torch.randn(50, HIDDEN, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        acts = theirs.encode(x)
+        torch.testing.assert_close(ours.encode(x), acts)
+        torch.testing.assert_close(ours.decode(acts), theirs.decode(acts))
+    columns = torch.tensor([5, 0, D_SAE - 1])
+    torch.testing.assert_close(ours.encode_columns(x, columns), ours.encode(x)[:, columns])
+    assert (acts > 0).any()
+
+
+def drop_threshold(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "sae_weights.safetensors")
+    del weights["threshold"]
+    save_file(weights, folder / "sae_weights.safetensors")
+
+
+def test_what_is_not_supported_is_refused_by_name(tmp_path):
+    for key, value in (
+        ("architecture", "gated"),
+        ("normalize_activations", "expected_average_only_in"),
+        ("reshape_activations", "hook_z"),
+    ):
+        folder = save_sae(tmp_path / key, **{key: value})
+        with pytest.raises(FPOError, match=value):
+            load_coder(folder)
+
+
+def test_a_folder_that_is_no_sae_says_what_one_is(tmp_path):
+    with pytest.raises(FPOError, match=r"no cfg\.json there.*sae-lens' disk format"):
+        sae_folder(str(tmp_path))
+    folder = save_sae(tmp_path / "cut")
+    weights = folder / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(FPOError, match=r"sae_weights\.safetensors is missing or damaged"):
+        load_coder(folder)
+    (folder / "cfg.json").write_text('{"d_in": 1,\n}')
+    with pytest.raises(FPOError, match=r"cfg\.json: not JSON \(line 2"):
+        load_coder(folder)
+    other = save_sae(tmp_path / "other", d_sae=7)
+    with pytest.raises(FPOError, match=r"weights are \(32, 96\), cfg\.json says \(32, 7\)"):
+        load_coder(other)
+
+
+def test_the_shipped_sae_is_small_half_precision_and_readable_by_sae_lens():
+    from safetensors import safe_open
+
+    size = sum(path.stat().st_size for path in SHIPPED.iterdir())
+    assert size < 12_000_000
+    with safe_open(SHIPPED / "sae_weights.safetensors", "pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F16"}  # noqa: SIM118
+    ours, theirs = load_coder(SHIPPED), sae_lens_load(SHIPPED)
+    assert 2304 <= ours.d_sae <= 4608
+    x = 5 * torch.randn(20, ours.d_in, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(x), theirs.encode(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_shipped_saes_quality_is_what_its_readme_says():
+    """Measured again on text that neither it nor its report has seen: this project's own pairs."""
+    from fpo_core.data.text import token_windows
+    from fpo_core.models.load import load_model, load_tokenizer, model_folder, prepare_cpu
+    from fpo_core.recipe import load_recipe
+    from fpo_core.recipe.schema import SaeTextSettings
+    from fpo_core.sae.quality import sae_quality
+
+    reported = json.loads((SHIPPED / "quality.json").read_text())
+    recipe = load_recipe("quickstart")
+    prepare_cpu(None)
+    folder = model_folder(recipe.model.source)
+    text = SaeTextSettings(path=recipe.data.heldout[0], kind="preference")
+    windows = token_windows((text,), load_tokenizer(folder), length=256, max_tokens=2048)
+    model = load_model(folder, dtype="float32", attention="sdpa")
+    found = sae_quality(model, load_coder(SHIPPED), recipe.sae.layer, windows)
+    assert found["explained_variance"] > 0.75
+    assert found["loss_recovered"] > 0.93
+    assert found["l0"] == pytest.approx(reported["l0"], rel=0.35)
+
+
+def test_the_sae_stage_trains_one_that_beats_its_start(fpo, tmp_path):
+    """On a tiny random model: collected activations, sae-lens' trainer, quality, an artifact."""
+    import yaml
+
+    from storage.store import open_store
+    from tests.tiny import save_recipe
+
+    text = tmp_path / "text.jsonl"
+    words = ["fox", "dog", "quick", "brown", "lazy", "over", "the", "jumps"]
+    text.write_text(
+        "".join(
+            json.dumps({"text": " ".join(words[(n * k) % 8] for k in range(1, 60))}) + "\n"
+            for n in range(40)
+        )
+    )
+    path = save_recipe(tmp_path / "r")
+    values = yaml.safe_load(path.read_text())
+    values["sae"] = {
+        "layer": 1,
+        "train": {
+            "text": [{"path": str(text), "kind": "text"}], "context_length": 16,
+            "max_tokens": 3000, "d_sae": 64, "k": 8, "steps": 300, "batch_tokens": 128,
+            "lr": 3e-3, "warmup_steps": 10, "heldout_share": 0.1,
+        },
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(values))
+    result = fpo("run", path, "--store", tmp_path / "store", "--only", "sae")
+    assert result.code == 0, result.err
+    store = open_store(tmp_path / "store")
+    (info,) = store.artifacts()
+    folder = store.artifact("sae", info.version).folder("sae")
+    quality = json.loads((folder / "quality.json").read_text())
+    assert quality["explained_variance"] > 0.5
+    assert 4 < quality["l0"] < 16
+    theirs = sae_lens_load(folder)
+    assert theirs.cfg.metadata["hook_name"] == "blocks.1.hook_resid_post"
+    again = fpo("run", path, "--store", tmp_path / "store", "--only", "sae")
+    assert "reused" in again.err

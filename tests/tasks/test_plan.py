@@ -1,0 +1,138 @@
+"""Versions: what enters a stage's address, and what does not."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from fpo_core.errors import FPOError, UsageError
+from fpo_core.recipe import load_recipe
+from storage.store import open_store
+from tasks.plan import STAGES, Plan, make_plan, selected_stages
+from tests.tiny import save_recipe
+
+LATER = {stage: {s for s in STAGES if STAGES.index(s) >= STAGES.index(stage)} for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return save_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return open_store(tmp_path / "store")
+
+
+def versions(path, store, *overrides: str) -> dict[str, str]:
+    plan = make_plan(load_recipe(str(path), overrides), store)
+    return {stage: planned.version for stage, planned in plan.stages.items()}
+
+
+def changed(path, store, *overrides: str) -> set[str]:
+    before, after = versions(path, store), versions(path, store, *overrides)
+    return {stage for stage in before if before[stage] != after[stage]}
+
+
+@pytest.mark.parametrize(
+    ("override", "first"),
+    [
+        ("data.limit=3", "tokenize"),
+        ("data.max_length=100", "tokenize"),
+        ("data.shard_pairs=2", "tokenize"),
+        ("model.attention=eager", "reference"),
+        ("model.dtype=bfloat16", "reference"),
+        ("train.lr=0.1", "train"),
+        ("train.alpha=1.0", "train"),
+        ("train.method=dpo", "train"),
+        ("train.seed=4", "train"),
+        ("evaluation.prompts=1", "evaluate"),
+    ],
+)
+def test_a_setting_changes_its_stage_and_what_follows(recipe, store, override, first):
+    assert changed(recipe, store, override) == LATER[first] & set(versions(recipe, store))
+
+
+@pytest.mark.parametrize("override", ["features.cache_k=32", "features.tokens_k=4", "sae.layer=0"])
+def test_feature_settings_leave_the_reference_alone(recipe, store, override):
+    assert changed(recipe, store, override) == {"features", "train", "evaluate"}
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["resources.threads=2", "resources.tokens_per_batch=64", "resources.ranks=2", "name=other",
+     "description=words", "train.alpha=0.5", "train.beta=0.1"],
+)  # fmt: skip
+def test_speed_names_and_written_out_defaults_change_nothing(recipe, store, override):
+    assert changed(recipe, store, override) == set()
+
+
+def test_settings_of_another_method_do_not_matter(recipe, store):
+    one = versions(recipe, store, "train.method=dpo")
+    assert one == versions(recipe, store, "train.method=dpo", "train.stop_gradient=false")
+
+
+def test_content_decides_and_not_the_place(recipe, store, tmp_path):
+    """Model, SAE and data under other names keep their versions; changed data does not."""
+    moved = tmp_path / "moved"
+    shutil.copytree(recipe.parent, moved)
+    values = yaml.safe_load(recipe.read_text())
+    text = json.dumps(values).replace(str(recipe.parent), str(moved))
+    (moved / "tiny.yaml").write_text(text)
+    assert versions(moved / "tiny.yaml", store) == versions(recipe, store)
+    data = moved / "heldout.jsonl"
+    data.write_text(data.read_text().replace("fox", "cat"))
+    assert versions(moved / "tiny.yaml", store) != versions(recipe, store)
+
+
+def test_the_weights_of_the_model_enter(recipe, store, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(recipe.parent / "model", moved)
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert changed(recipe, store, f"model.source={moved}") == set(versions(recipe, store))
+    (moved / "config.json").write_text((recipe.parent / "model" / "config.json").read_text())
+    (moved / "README.md").write_text("A README decides nothing.")
+    assert changed(recipe, store, f"model.source={moved}") == set()
+
+
+def test_versions_are_pinned(recipe, store):
+    """A stored cache must be found again after an upgrade: a change here is a decision.
+
+    Of names only: the tiny model's digest follows the releases of torch and safetensors.
+    """
+    plan = make_plan(load_recipe(str(recipe)), store)
+    shapes = {stage: sorted(planned.recipe) for stage, planned in plan.stages.items()}
+    assert shapes == {
+        "tokenize": ["limit", "max_length", "max_prompt_length", "shard_pairs", "template"],
+        "reference": ["attention", "dtype"],
+        "features": ["attention", "cache_k", "dtype", "examples", "layer", "site", "tokens_k"],
+        "train": [
+            "activation_checkpointing", "alpha", "attention", "batch_size", "beta", "epochs",
+            "gamma", "k", "lr", "max_grad_norm", "method", "optimizer", "seed", "stop_gradient",
+            "warmup_steps", "zero_stage",
+        ],
+        "evaluate": [
+            "attention", "bootstrap", "k", "max_new_tokens", "prompts", "seed", "temperature",
+        ],
+    }  # fmt: skip
+
+
+def test_selection(recipe, store):
+    plan = make_plan(load_recipe(str(recipe)), store)
+    assert selected_stages(plan, None, None) == [
+        "tokenize",
+        "reference",
+        "features",
+        "train",
+        "evaluate",
+    ]
+    done = Plan({n: s._replace(state="complete") for n, s in plan.stages.items()}, ())
+    assert selected_stages(done, "features", None) == ["features", "train", "evaluate"]
+    assert selected_stages(done, None, "reference") == ["reference"]
+    assert selected_stages(plan, None, "tokenize") == ["tokenize"]
+    with pytest.raises(FPOError, match="stage 'reference' needs pairs/"):
+        selected_stages(plan, None, "reference")
+    with pytest.raises(UsageError, match=r"'sae' \(this recipe's SAE is a stored one\)"):
+        selected_stages(plan, None, "sae")

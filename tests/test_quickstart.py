@@ -1,0 +1,57 @@
+"""The quickstart's own model, SAE and data, with few pairs so that it takes a minute or two."""
+
+import json
+
+import polars as pl
+import pytest
+
+from storage.store import open_store
+
+pytestmark = pytest.mark.slow
+FEW = (
+    "--set", "data.limit=16", "--set", "evaluation.prompts=2",
+    "--set", "evaluation.max_new_tokens=24",
+)  # fmt: skip
+
+
+def test_the_quickstart_on_few_pairs(fpo, tmp_path):
+    where = ("--store", tmp_path / "store", "--report", tmp_path / "report")
+    result = fpo("run", "quickstart", *FEW, *where)
+    assert result.code == 0, result.err
+    store = open_store(tmp_path / "store")
+    found = {info.stage: store.artifact(info.stage, info.version) for info in store.artifacts()}
+    steps = pl.read_parquet(found["policy"].path("metrics.parquet"))
+    # The invariant, on a real model and real caches: u = 0, D = 0 and loss = log 2.
+    assert steps["loss"][0] == pytest.approx(0.693147, abs=1e-5)
+    assert steps["discrepancy_chosen"][0] < 1e-9
+    assert abs(steps["margin"][0]) < 1e-5
+    assert steps["loss"][1] < steps["loss"][0]
+    assert steps["missing"].max() == 0
+    metrics = {
+        m["key"]: m for m in json.loads(found["evaluation"].path("metrics.json").read_text())
+    }
+    assert metrics["reward_accuracy"]["policy"]["value"] > 0.6
+    assert metrics["margin"]["difference"]["value"] > 0
+    answers = pl.read_parquet(found["evaluation"].path("answers.parquet"))
+    assert answers["before"].str.len_chars().min() > 10
+    assert "system" not in answers["prompt"][0]
+    assert (tmp_path / "report" / "report.html").is_file()
+    again = fpo("run", "quickstart", *FEW, *where)
+    assert again.err.count("reused") == 5
+
+
+def test_the_readmes_polars_lines_run_on_its_store(tmp_path, finished_run, monkeypatch):
+    """The lines as the README has them, on a store of another run."""
+    from pathlib import Path
+
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    block = next(part for part in readme.split("```python\n") if "scan_parquet" in part)
+    lines = block.partition("```")[0].strip().splitlines()
+    assert len(lines) == 3
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fpo-store").symlink_to(finished_run.store)
+    names: dict = {}
+    exec("\n".join(lines[:2]), names)  # noqa: S102 - our own README
+    table = names["features"].collect()
+    assert {"feature", "density", "mean_chosen", "mean_rejected"} <= set(table.columns)
+    exec(lines[2], names)  # noqa: S102
