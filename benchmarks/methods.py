@@ -4,7 +4,8 @@
 
 Every run is an ordinary ``fpo run`` with ``train.method`` and ``train.seed`` set, so what is stored
 already is reused and an interrupted comparison goes on where it stopped. Prints a Markdown table:
-mean over the seeds, and the smallest and largest in brackets.
+mean over the seeds, and the smallest and largest in brackets; then the last method's accuracy
+against each of the others'.
 """
 
 import argparse
@@ -15,12 +16,17 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import polars as pl
+
+from fpo_core.evaluation.metrics import Estimate, bootstrap_draws, estimate
 from fpo_core.quiet import set_quiet_defaults
 from fpo_core.recipe import load_recipe
-from storage.store import Store, open_store
+from storage.store import Artifact, Store, open_store
 from tasks.plan import make_plan
 
 METHODS = ("dpo", "simpo", "fpo")
+RESAMPLES = 5000
 
 
 class Column(NamedTuple):
@@ -52,13 +58,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--store", default="fpo-store")
     options = parser.parse_args(arguments)
     store = open_store(options.store)
-    runs: dict[str, list[dict[str, dict]]] = {}
+    runs: dict[str, list[Artifact]] = {}
     for method in options.methods:
         for seed in options.seeds:
             overrides = [*options.set, f"train.method={method}", f"train.seed={seed}"]
             run(options.recipe, overrides, options.store, f"{method}-{seed}")
-            runs.setdefault(method, []).append(metrics(options.recipe, overrides, store))
-    print(table(runs))
+            runs.setdefault(method, []).append(evaluation(options.recipe, overrides, store))
+    print(table({method: [metrics(found) for found in every] for method, every in runs.items()}))
+    print()
+    *others, last = runs
+    for other in others:
+        gap = accuracy_gap(runs[last], runs[other])
+        print(
+            f"accuracy, {last} minus {other}, same pairs, all seeds: {gap.value:+.3f} "
+            f"({gap.low:+.3f} to {gap.high:+.3f}, 95 % bootstrap over pairs)"
+        )
 
 
 def run(recipe: str, overrides: list[str], store: str, name: str) -> None:
@@ -72,12 +86,30 @@ def run(recipe: str, overrides: list[str], store: str, name: str) -> None:
     subprocess.run(command, check=True)
 
 
-def metrics(recipe: str, overrides: list[str], store: Store) -> dict[str, dict]:
-    """The stored metrics of a finished run, by key."""
-    plan = make_plan(load_recipe(recipe, overrides), store)
-    planned = plan.stages["evaluate"]
-    path = store.artifact(planned.artifact, planned.version).path("metrics.json")
-    return {record["key"]: record for record in json.loads(path.read_text())}
+def evaluation(recipe: str, overrides: list[str], store: Store) -> Artifact:
+    """The evaluation of a finished run."""
+    planned = make_plan(load_recipe(recipe, overrides), store).stages["evaluate"]
+    return store.artifact(planned.artifact, planned.version)
+
+
+def metrics(found: Artifact) -> dict[str, dict]:
+    """An evaluation's metrics, by key."""
+    return {record["key"]: record for record in json.loads(found.path("metrics.json").read_text())}
+
+
+def accuracy_gap(one: list[Artifact], other: list[Artifact]) -> Estimate:
+    """Difference of two methods' accuracies, pair by pair and averaged over the seeds."""
+    gaps = [_correct(a) - _correct(b) for a, b in zip(one, other, strict=True)]
+    per_pair = np.mean(gaps, axis=0)
+    return estimate(per_pair, bootstrap_draws(len(per_pair), RESAMPLES, seed=0))
+
+
+def _correct(found: Artifact) -> np.ndarray:
+    pairs = pl.read_parquet(found.path("pairs.parquet"))
+    chosen, rejected = (
+        pairs[f"policy_logps_{side}"] / pairs[f"tokens_{side}"] for side in ("chosen", "rejected")
+    )
+    return (chosen > rejected).to_numpy().astype(float)
 
 
 def table(runs: dict[str, list[dict[str, dict]]]) -> str:

@@ -6,7 +6,13 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
 
 log = logging.getLogger("fpo.progress")
@@ -19,12 +25,12 @@ class Progress:
 
     Args:
         label: what is being done.
-        total: amount of work, in ``unit``.
+        total: amount of work, in ``unit``; None where only doing it will tell.
         unit: singular noun of what is counted.
         done: what an earlier run had finished.
     """
 
-    def __init__(self, label: str, *, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, label: str, *, total: int | None, unit: str, done: int = 0) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, done
         self._began_at = done
         self._start = self._last_line = time.monotonic()
@@ -36,7 +42,7 @@ class Progress:
             self._bar = RichProgress(
                 TextColumn("  {task.description:<22}"),
                 BarColumn(bar_width=28),
-                TextColumn("{task.percentage:>3.0f} %"),
+                TaskProgressColumn(),
                 TextColumn("{task.fields[rate]}"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
@@ -85,14 +91,19 @@ class Progress:
             self._bar.update(self._bar.task_ids[0], completed=self.done, rate=rate)
             return
         now = time.monotonic()
-        if now - self._last_line >= LINE_EVERY_SECONDS and self.done < self.total:
+        if now - self._last_line >= LINE_EVERY_SECONDS and self.done != self.total:
             self._last_line = now
-            left = (self.total - self.done) / max(self.rate, 1e-9)
-            log.info(
-                "%s: %d of %d %ss (%.0f %%), %s, about %.0f s left",
-                self.label, self.done, self.total, self.unit,
-                100 * self.done / max(self.total, 1), rate.strip(), left,
-            )  # fmt: skip
+            log.info("%s: %s", self.label, self._line(rate.strip()))
+
+    def _line(self, rate: str) -> str:
+        if self.total is None:
+            return f"{self.done} {self.unit}s, {rate}"
+        left = (self.total - self.done) / max(self.rate, 1e-9)
+        share = 100 * self.done / max(self.total, 1)
+        return (
+            f"{self.done} of {self.total} {self.unit}s ({share:.0f} %), {rate}, "
+            f"about {left:.0f} s left"
+        )
 
 
 def human_rate(rate: float, unit: str) -> str:

@@ -21,6 +21,7 @@ from fpo_core.data.tokenize import (
 )
 from fpo_core.errors import FPOError
 from fpo_core.models.load import load_tokenizer
+from fpo_core.progress import Progress
 from storage.schemas import PAIRS
 from storage.store import ArtifactWriter
 from tasks.announce import announce
@@ -56,22 +57,24 @@ def _tokenize(run: PipelineRun, writer: ArtifactWriter) -> Work:
         shard = []
 
     train_ids: set[str] = set()
-    for split in SPLITS:
-        exclude = frozenset(train_ids)
-        for pair in tokenize_pairs(_pairs(run, split), chat, limits, exclude=exclude):
-            if isinstance(pair, DroppedPair):
-                dropped.append(pair)
-                continue
-            if split == "train":
-                train_ids.add(pair.pair_id)
-            counts[split] += 1
-            tokens += len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
-            shard.append(_row(pair, split))
-            if len(shard) == settings.shard_pairs:
-                flush()
-        if not counts[split]:
-            raise FPOError(_nothing_left(split, dropped))
-    flush()
+    with Progress("tokenize", total=None, unit="pair") as progress:
+        for split in SPLITS:
+            exclude = frozenset(train_ids)
+            for pair in tokenize_pairs(_pairs(run, split), chat, limits, exclude=exclude):
+                progress.advance(1)
+                if isinstance(pair, DroppedPair):
+                    dropped.append(pair)
+                    continue
+                if split == "train":
+                    train_ids.add(pair.pair_id)
+                counts[split] += 1
+                tokens += len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+                shard.append(_row(pair, split))
+                if len(shard) == settings.shard_pairs:
+                    flush()
+            if not counts[split]:
+                raise FPOError(_nothing_left(split, dropped))
+        flush()
     writer.put_bytes(
         "dropped.jsonl",
         "".join(json.dumps(pair._asdict()) + "\n" for pair in dropped).encode(),
