@@ -82,16 +82,26 @@ def run(
       fpo run quickstart --set train.method=simpo --set train.seed=1
       fpo run quickstart --from train --force
     """
-    from fpo_core.recipe import load_recipe
+    from tasks.report import bring_report
+    from tasks.run import prepare_run
 
-    settings = load_recipe(recipe, overrides or [])  # wrong usage shows before anything starts
-    if (Path(store) / "artifacts").is_dir() is False:
-        logging.getLogger("fpo").info("store: %s (new)", store)
+    log = logging.getLogger("fpo")
+    if not (Path(store) / "artifacts").is_dir():
+        log.info("store: %s (new)", store)
+    # All mistakes show here, before Prefect is started; the flow prepares itself in the same way.
+    prepared, stages = prepare_run(
+        recipe, overrides or [], store, first=from_stage, only=only_stage, force=force
+    )
+    log.info("recipe %s, method %s", prepared.recipe.name, prepared.recipe.train.method)
+    outcomes = prepared.reuse(stages)
+    if outcomes is not None:
+        if "evaluate" in outcomes:
+            bring_report(prepared, report_folder, outcomes)
+        return
     from cli.server import contain_prefect_server
     from flows.pipeline import fpo_pipeline
 
     contain_prefect_server()
-    logging.getLogger("fpo").info("recipe %s, method %s", settings.name, settings.train.method)
     fpo_pipeline(
         recipe=recipe, overrides=overrides or [], from_stage=from_stage, only_stage=only_stage,
         force=force, store=store, report_folder=report_folder,
@@ -131,11 +141,10 @@ def report(
     Example:
       fpo report quickstart --set train.method=dpo -o reports/dpo
     """
-    from flows.pipeline import default_report_folder
     from fpo_core.recipe import load_recipe
     from storage.store import open_store
     from tasks.plan import make_plan
-    from tasks.report import write_report
+    from tasks.report import default_folder, write_report
     from tasks.run import PipelineRun
 
     settings = load_recipe(recipe, overrides or [])
@@ -148,7 +157,7 @@ def report(
             f"{', '.join(unfinished)} missing; run `fpo run {recipe}` with the same --set first"
         )
     pipeline = PipelineRun(settings, artifacts, planned, frozenset())
-    page = write_report(pipeline, output or default_report_folder(pipeline))
+    page = write_report(pipeline, output or default_folder(pipeline))
     logging.getLogger("fpo").info("report     %s", page)
 
 

@@ -3,24 +3,16 @@
 pairs -> reference -> features -> policy -> evaluation   (+ sae, where one is trained)
 """
 
-import logging
-from pathlib import Path
-
 from prefect import flow
 
-from fpo_core.recipe import load_recipe
-from storage.store import open_store
 from tasks.evaluate import evaluate
 from tasks.features import features
-from tasks.plan import make_plan, selected_stages
 from tasks.reference import reference
-from tasks.report import is_current, write_report
-from tasks.run import Outcome, PipelineRun
+from tasks.report import bring_report
+from tasks.run import Outcome, prepare_run
 from tasks.sae import sae
 from tasks.tokenize import tokenize
 from tasks.train import train
-
-log = logging.getLogger("fpo.flow")
 
 
 @flow(name="fpo-pipeline", flow_run_name="{recipe}", validate_parameters=True)
@@ -44,12 +36,9 @@ def fpo_pipeline(
         store: the artifact store, a folder.
         report_folder: where the report goes; ``reports/RECIPE-METHOD`` where left out.
     """
-    settings = load_recipe(recipe, overrides or [])
-    artifacts = open_store(store)
-    artifacts.check_writable()
-    plan = make_plan(settings, artifacts)
-    stages = selected_stages(plan, from_stage, only_stage)
-    run = PipelineRun(settings, artifacts, plan, frozenset(stages if force else ()))
+    run, stages = prepare_run(
+        recipe, overrides or [], store, first=from_stage, only=only_stage, force=force
+    )
     outcomes: dict[str, Outcome] = {}
     if "sae" in stages:
         outcomes["sae"] = sae(run)
@@ -63,14 +52,5 @@ def fpo_pipeline(
         outcomes["train"] = train(run)
     if "evaluate" in stages:
         outcomes["evaluate"] = evaluate(run)
-        folder = Path(report_folder or default_report_folder(run))
-        nothing_new = all(outcome.state == "reused" for outcome in outcomes.values())
-        if not (nothing_new and is_current(run, folder)):
-            write_report(run, folder, outcomes)
-        log.info("report     %s", folder / "report.html")
+        bring_report(run, report_folder, outcomes)
     return outcomes
-
-
-def default_report_folder(run: PipelineRun) -> Path:
-    """Where a recipe's report goes: one folder a recipe and method."""
-    return Path("reports") / f"{run.recipe.name}-{run.recipe.train.method}"

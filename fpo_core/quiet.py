@@ -3,6 +3,7 @@
 Each is only a default: what the user sets in the environment stands.
 """
 
+import logging
 import os
 
 _DEFAULTS = {
@@ -17,7 +18,6 @@ _DEFAULTS = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "DS_ACCELERATOR_LOG": "0",
 }
 
 
@@ -25,3 +25,9 @@ def set_quiet_defaults() -> None:
     """Set the defaults; call before the libraries are imported."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    # It has no setting for this, and warns of every CPU that it finds.
+    logging.getLogger("DeepSpeed").addFilter(_only_errors)
+
+
+def _only_errors(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

@@ -1,6 +1,7 @@
 """The report of a run: what its artifacts say, gathered for ``fpo_core.report``."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from fpo_core.report.model import (
 )
 from fpo_core.report.page import render
 from tasks.run import Outcome, PipelineRun
+
+log = logging.getLogger("fpo.stage")
 
 SHOWN_FEATURES = 12
 
@@ -35,6 +38,20 @@ def write_report(
         The HTML file.
     """
     return render(gather(run, outcomes or {}), folder)
+
+
+def default_folder(run: PipelineRun) -> Path:
+    """Where a recipe's report goes: one folder a recipe and method."""
+    return Path("reports") / f"{run.recipe.name}-{run.recipe.train.method}"
+
+
+def bring_report(run: PipelineRun, folder: str | None, outcomes: Mapping[str, Outcome]) -> None:
+    """Write the report, unless nothing was computed and it is there already."""
+    place = Path(folder) if folder else default_folder(run)
+    nothing_new = all(outcome.state == "reused" for outcome in outcomes.values())
+    if not (nothing_new and is_current(run, place)):
+        write_report(run, place, outcomes)
+    log.info("report     %s", place / "report.html")
 
 
 def is_current(run: PipelineRun, folder: Path) -> bool:

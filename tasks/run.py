@@ -6,14 +6,14 @@ otherwise compute what is missing of it, commit it, and say what happened.
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from fpo_core.models.load import model_folder
-from fpo_core.recipe import Recipe
+from fpo_core.recipe import Recipe, load_recipe
 from storage.provenance import provenance
-from storage.store import Artifact, ArtifactWriter, Store
-from tasks.plan import Plan, StagePlan
+from storage.store import Artifact, ArtifactWriter, Store, open_store
+from tasks.plan import Plan, StagePlan, make_plan, selected_stages
 
 log = logging.getLogger("fpo.stage")
 
@@ -115,11 +115,54 @@ class PipelineRun:
                 planned, artifact, "resumed" if resumed else "computed", seconds, rate
             )
         else:
-            artifact = self.store.artifact(planned.artifact, planned.version)
-            outcome = _outcome(planned, artifact, "reused", 0.0, 0.0)
+            outcome = _outcome(planned, self.artifact(stage), "reused", 0.0, 0.0)
         self.store.set_ref(self.recipe.name, planned.artifact, planned.version)
         log.info("%s", describe(outcome))
         return outcome
+
+    def reuse(self, stages: Sequence[str]) -> dict[str, Outcome] | None:
+        """What became of the stages, when all are done already; else None, and nothing happened."""
+        if any(self.missing(stage) for stage in stages):
+            return None
+        return {stage: self.bring_about(stage, _never) for stage in stages}
+
+
+def prepare_run(
+    recipe: str,
+    overrides: Sequence[str],
+    store: str,
+    *,
+    first: str | None = None,
+    only: str | None = None,
+    force: bool = False,
+) -> tuple[PipelineRun, list[str]]:
+    """Read the recipe, open the store, plan, and select: all that can fail before work begins.
+
+    Args:
+        recipe: a shipped recipe's name, or the path of a YAML file.
+        overrides: ``key.path=value`` settings.
+        store: the store's URL.
+        first: bring about this stage and the later ones.
+        only: bring about this stage alone.
+        force: compute the selected stages again.
+
+    Returns:
+        The run and the stages it is to bring about, in order.
+
+    Raises:
+        FPOError: a recipe, model, SAE or data file that is not there or not valid.
+        StoreError: a store that cannot be opened or written.
+    """
+    settings = load_recipe(recipe, overrides)
+    artifacts = open_store(store)
+    artifacts.check_writable()
+    plan = make_plan(settings, artifacts)
+    stages = selected_stages(plan, first, only)
+    return PipelineRun(settings, artifacts, plan, frozenset(stages if force else ())), stages
+
+
+def _never(_writer: ArtifactWriter) -> Work:
+    raise AssertionError("the stage is done: it has nothing to compute")
 
 
 def _outcome(
