@@ -61,7 +61,9 @@ def finished_run(prefect_server, tmp_path_factory) -> FinishedRun:
 
     folder = tmp_path_factory.mktemp("run")
     run = FinishedRun(save_recipe(folder), folder / "store", folder / "report")
-    main(["run", str(run.recipe), "--store", str(run.store), "--report", str(run.report)])
+    with pytest.raises(SystemExit) as left:
+        main(["run", str(run.recipe), "--store", str(run.store), "--report", str(run.report)])
+    assert not left.value.code
     return run
 
 
