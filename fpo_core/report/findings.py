@@ -106,9 +106,10 @@ def _main_sentence(method: str, metric: MetricRow) -> str:
         if metric.difference.value == 0:
             return f"{method} did not change {name}: {_value(metric)} before and after {change}."
         before, after = _both(metric)
+        known = math.isfinite(metric.difference.low) and math.isfinite(metric.difference.high)
+        why = ", an interval that includes zero" if known else ""
         return (
-            f"{method} did not clearly change {name}: {before} before, {after} after {change}, "
-            f"an interval that includes zero."
+            f"{method} did not clearly change {name}: {before} before, {after} after {change}{why}."
         )
     before, after = _both(metric)
     if found == "changed":
