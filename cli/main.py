@@ -62,7 +62,7 @@ def run(
         str | None, typer.Option("--only", metavar="STAGE", help="This stage alone.")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Compute the selected stages even where done.")
+        bool, typer.Option("--force", help="Compute the selected stages anew; drops the old ones.")
     ] = False,
     report_folder: Annotated[
         str | None,
@@ -227,6 +227,8 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(error, FAILED, _recompute(error.artifact))
     except (FPOError, StoreError) as error:
         _fail(error, FAILED)
+    except PermissionError as error:
+        _fail(FPOError(f"{error.filename}: no permission ({error.strerror})"), FAILED)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
             error.show()  # pyright: ignore[reportAttributeAccessIssue]
@@ -243,14 +245,14 @@ def _recompute(artifact: str) -> str:
     from tasks.plan import ARTIFACTS
 
     stage = next((stage for stage, made in ARTIFACTS.items() if made == artifact), "STAGE")
-    return f". Recompute it with `fpo run RECIPE --only {stage} --force`"
+    return f". Recompute it with `fpo run RECIPE --only {stage} --force`, with the run's own --set"
 
 
 def _log_to_terminal() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("fpo")
-    logger.setLevel(os.environ.get("FPO_LOG", "INFO"))
+    logger.setLevel(os.environ.get("FPO_LOG", "INFO").upper())
     logger.handlers = [handler]
     logger.propagate = False
 

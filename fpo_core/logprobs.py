@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fpo_core.errors import FPOError
+
 CHUNK_TOKENS = 512
 
 
@@ -23,12 +25,12 @@ def output_head(model: Any) -> Head:
     """The head of a causal LM (tied or not).
 
     Raises:
-        ValueError: for a head with a bias or a logit scale, which is not implemented.
+        FPOError: for a head with a bias or a logit scale, which is not implemented.
     """
     head: nn.Module = model.get_output_embeddings()
     config = model.config
     if getattr(head, "bias", None) is not None or getattr(config, "logit_scale", None):
-        raise ValueError(
+        raise FPOError(
             f"{type(model).__name__}: heads with a bias or a logit scale are not supported"
         )
     weight = head.weight

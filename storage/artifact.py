@@ -4,7 +4,8 @@ import datetime as dt
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,21 +152,22 @@ class ArtifactWriter:
         self._files: dict[str, dict[str, Any]] = {}
 
     def finished_shards(self) -> dict[int, Receipt]:
-        """The shards that are whole, by index; one whose file is gone or cut short is not."""
-        sizes = {entry.key: entry.size for entry in self._backend.list(f"{self._key}/data/")}
+        """The shards that are whole, by index; one whose file is gone or changed is not."""
         found = {}
         for entry in self._backend.list(f"{self._key}/parts/"):
             try:
                 receipt = Receipt(**json.loads(self._backend.read(entry.key)))
             except (json.JSONDecodeError, TypeError, KeyError):
                 continue
-            whole = all(
-                sizes.get(f"{self._key}/data/{name}") == file["bytes"]
-                for name, file in receipt.files.items()
-            )
-            if whole:
+            if all(self._intact(name, file["sha256"]) for name, file in receipt.files.items()):
                 found[receipt.shard] = receipt
         return found
+
+    def _intact(self, name: str, sha256: str) -> bool:
+        try:
+            return file_sha256(self._backend.local_path(f"{self._key}/data/{name}")) == sha256
+        except KeyError:
+            return False
 
     def put_shard(self, index: int, tables: Mapping[str, pa.Table]) -> Receipt:
         """Write one shard of each table, then its receipt.
@@ -211,8 +213,26 @@ class ArtifactWriter:
         self._backend.put(f"{self._key}/data/{name}", data)
         return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
+    @contextmanager
+    def only_one(self, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Keep other runs on this machine from writing the same artifact; a crash releases it.
+
+        Args:
+            on_wait: called when another run has it and this one begins to wait.
+        """
+        import fcntl
+
+        self._scratch.parent.mkdir(parents=True, exist_ok=True)
+        with self._scratch.with_name(f"{self._scratch.name}.lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
     def scratch(self) -> Path:
-        """A local folder for work in progress (checkpoints); it survives a killed run."""
+        """A local folder for work in progress; what a killed run left in it is still there."""
         self._scratch.mkdir(parents=True, exist_ok=True)
         return self._scratch
 

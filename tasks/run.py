@@ -7,10 +7,15 @@ otherwise compute what is missing of it, commit it, and say what happened.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from fpo_core.data.source import hub_dataset
+from fpo_core.errors import FPOError
 from fpo_core.models.load import model_folder
+from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe, load_recipe
+from fpo_core.sae.source import sae_folder
 from storage.provenance import provenance
 from storage.store import Artifact, ArtifactWriter, Store, open_store
 from tasks.plan import Plan, StagePlan, make_plan, selected_stages
@@ -84,9 +89,10 @@ class PipelineRun:
         self._begun.add(stage)
         return self.store.writer(planned.artifact, planned.version)
 
-    def model_path(self) -> Any:
-        """The reference model's folder."""
-        return model_folder(self.recipe.model.source, self.recipe.model.revision)
+    def model_path(self) -> Path:
+        """The reference model's folder, at the very commit that the versions were made with."""
+        source, revision = self.recipe.model.source, self.recipe.model.revision
+        return model_folder(source, identify(source, revision).commit or revision)
 
     def bring_about(self, stage: str, compute: Callable[[ArtifactWriter], Work]) -> Outcome:
         """Make sure that a stage's artifact exists.
@@ -99,8 +105,26 @@ class PipelineRun:
             What happened. Also recorded under the recipe's refs.
         """
         planned = self.planned(stage)
-        if self.missing(stage):
-            begun_in_this_run = stage in self._begun  # by the pass that feeds two artifacts
+        outcome = self._compute(planned, compute) if self.missing(stage) else None
+        if outcome is None:
+            outcome = _outcome(planned, self.artifact(stage), "reused", 0.0, 0.0)
+        self.store.set_ref(self.recipe.name, planned.artifact, planned.version)
+        log.info("%s", describe(outcome))
+        return outcome
+
+    def _compute(
+        self, planned: StagePlan, compute: Callable[[ArtifactWriter], Work]
+    ) -> Outcome | None:
+        """Compute and commit; None when another run has done it while this one waited."""
+        stage = planned.stage
+        begun_in_this_run = stage in self._begun  # by the pass that feeds two artifacts
+
+        def tell() -> None:
+            log.info("%s: another run is making %s, waiting for it", stage, planned.artifact)
+
+        with self.store.writer(planned.artifact, planned.version).only_one(tell):
+            if not self.missing(stage):
+                return None
             writer = self.writer(stage)
             resumed = bool(writer.finished_shards()) and not begun_in_this_run
             started = time.monotonic()
@@ -110,15 +134,8 @@ class PipelineRun:
                 inputs=planned.inputs, recipe=planned.recipe, stats=work.stats,
                 seconds=seconds, provenance=provenance(),
             )  # fmt: skip
-            rate = work.tokens / max(seconds, 1e-9)
-            outcome = _outcome(
-                planned, artifact, "resumed" if resumed else "computed", seconds, rate
-            )
-        else:
-            outcome = _outcome(planned, self.artifact(stage), "reused", 0.0, 0.0)
-        self.store.set_ref(self.recipe.name, planned.artifact, planned.version)
-        log.info("%s", describe(outcome))
-        return outcome
+        rate = work.tokens / max(seconds, 1e-9)
+        return _outcome(planned, artifact, "resumed" if resumed else "computed", seconds, rate)
 
     def reuse(self, stages: Sequence[str]) -> dict[str, Outcome] | None:
         """What became of the stages, when all are done already; else None, and nothing happened."""
@@ -156,7 +173,20 @@ def prepare_run(
     settings = load_recipe(recipe, overrides)
     artifacts = open_store(store)
     artifacts.check_writable()
+    for source in (*settings.data.train, *settings.data.heldout):
+        if hub_dataset(source):
+            raise FPOError(
+                f"data {source!r}: datasets are not read from the hub yet; save the split as "
+                f"Parquet or JSONL and give the file in data.train and data.heldout"
+            )
+    if settings.sae.source:
+        sae_folder(settings.sae.source)  # its content enters the versions: it has to be here first
     plan = make_plan(settings, artifacts)
+    if plan.unresolved:
+        raise FPOError(
+            f"not reachable from here: {', '.join(plan.unresolved)}. Check the name, your access "
+            f"(HF_TOKEN) and the network, or give a local copy"
+        )
     stages = selected_stages(plan, first, only)
     return PipelineRun(settings, artifacts, plan, frozenset(stages if force else ())), stages
 

@@ -59,7 +59,7 @@ def _tokenize(run: PipelineRun, writer: ArtifactWriter) -> Work:
     train_ids: set[str] = set()
     with Progress("tokenize", total=None, unit="pair") as progress:
         for split in SPLITS:
-            exclude = frozenset(train_ids)
+            exclude, before = frozenset(train_ids), len(dropped)
             for pair in tokenize_pairs(_pairs(run, split), chat, limits, exclude=exclude):
                 progress.advance(1)
                 if isinstance(pair, DroppedPair):
@@ -73,7 +73,7 @@ def _tokenize(run: PipelineRun, writer: ArtifactWriter) -> Work:
                 if len(shard) == settings.shard_pairs:
                     flush()
             if not counts[split]:
-                raise FPOError(_nothing_left(split, dropped))
+                raise FPOError(_nothing_left(split, dropped[before:]))
         flush()
     writer.put_bytes(
         "dropped.jsonl",

@@ -9,6 +9,7 @@ import polars as pl
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from fpo_core.errors import FPOError
 from fpo_core.models.load import load_tokenizer
 from fpo_core.progress import Progress
 from fpo_core.training.job import MODEL_FOLDER, TrainingJob
@@ -62,7 +63,12 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
 
 def training_job(run: PipelineRun, output: Path) -> TrainingJob:
     """The job of a run: local, verified paths of every input."""
-    pairs, caches = run.artifact("tokenize"), run.artifact("reference")
+    pairs, caches, features = (run.artifact(s) for s in ("tokenize", "reference", "features"))
+    if run.recipe.train.k > features.manifest["stats"]["d_sae"]:
+        raise FPOError(
+            f"train.k={run.recipe.train.k}, but the SAE has only "
+            f"{features.manifest['stats']['d_sae']} features"
+        )
     return TrainingJob(
         model_folder=run.model_path(),
         attention=run.recipe.model.attention,
@@ -71,7 +77,7 @@ def training_job(run: PipelineRun, output: Path) -> TrainingJob:
         settings=run.recipe.train,
         pairs=shard_paths(pairs),
         reference=shard_paths(caches),
-        pooled=shard_paths(run.artifact("features"), "pooled"),
+        pooled=shard_paths(features, "pooled"),
         reference_dtype=run.recipe.model.dtype,
         tokens_per_batch=run.recipe.resources.tokens_per_batch,
         threads=run.recipe.resources.threads,

@@ -162,3 +162,12 @@ def test_ctrl_c_ends_the_children_keeps_the_work_and_exits_with_130(whole, tmp_p
     wait_for_the_end_of(str(store))
     assert open_store(store).state("features", version_of(whole, "features")) == "complete"
     assert finish(start(whole.recipe, store)).count("reused") == 3
+
+
+def test_two_runs_at_once_make_one_set_of_artifacts(whole, tmp_path):
+    store = store_up_to(whole, "policy", tmp_path / "store")
+    both = [start(whole.recipe, store) for _ in range(2)]
+    told = [finish(process) for process in both]
+    assert contents(store) == contents(whole.store)
+    assert sorted(text.count("computed") for text in told) == [0, 2]
+    assert any("train: another run is making policy, waiting for it" in text for text in told)

@@ -60,6 +60,9 @@ def pair_of(row: Row) -> PreferencePair:
             raise FPOError(f"{row.where}: the row has no {side!r} (it has {have})")
     try:
         prompt, chosen, rejected = _parts(value)
+        for text in (*(turn["content"] for turn in prompt), chosen, rejected):
+            if not isinstance(text, str):
+                raise TypeError(f"a text is {type(text).__name__}")
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise FPOError(
             f"{row.where}: not a preference pair of a known shape ({type(error).__name__}: "

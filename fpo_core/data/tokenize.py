@@ -8,18 +8,22 @@ its reason, as is one that is too long, empty or without preference.
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
+from jinja2 import TemplateError
+
 from fpo_core.data.pairs import Message, PreferencePair
 from fpo_core.errors import FPOError
 
 Reason = Literal[
-    "identical", "empty", "prompt_too_long", "too_long", "boundary", "duplicate", "in_train"
-]
+    "identical", "empty", "prompt_too_long", "too_long", "boundary", "no_end", "duplicate",
+    "in_train",
+]  # fmt: skip
 REASONS: dict[str, str] = {
     "identical": "chosen and rejected are the same",
     "empty": "a response has no text",
     "prompt_too_long": "the prompt is longer than data.max_prompt_length",
     "too_long": "prompt and response are longer than data.max_length",
     "boundary": "the tokenizer merges the prompt's end with the response's start",
+    "no_end": "the chat template writes no special token at the end of an answer",
     "duplicate": "the same pair occurred before",
     "in_train": "a held-out pair that is also a training pair",
 }
@@ -107,14 +111,17 @@ class ChatFormat:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def response_ids(self, prompt_ids: list[int], full_ids: list[int]) -> list[int] | None:
-        """The response's ids up to its end-of-turn token, or None where the prompt is no prefix."""
+        """The response's ids up to its end-of-turn token.
+
+        None where the prompt is no prefix; empty where no special token ends the answer.
+        """
         if full_ids[: len(prompt_ids)] != prompt_ids:
             return None
         response = full_ids[len(prompt_ids) :]
         special = set(self.tokenizer.all_special_ids)
         ends = [index for index, token in enumerate(response) if token in special]
         # Some templates write a newline after the end of turn; a model never learns past the end.
-        return response[: ends[-1] + 1] if ends else None
+        return response[: ends[-1] + 1] if ends else []
 
 
 def tokenize_pairs(
@@ -166,6 +173,20 @@ def _tokenize_chunk(
 ) -> Iterator[TokenizedPair | DroppedPair]:
     if not pairs:
         return
+    try:
+        yield from _templated(pairs, chat, limits)
+    except TemplateError as error:
+        first, last = pairs[0].where, pairs[-1].where
+        raise FPOError(
+            f"the chat template refuses a conversation between {first} and {last}: {error}. Set "
+            f"data.template=halos, or leave out what the template does not know (a system turn, "
+            f"say)"
+        ) from error
+
+
+def _templated(
+    pairs: list[PreferencePair], chat: ChatFormat, limits: Limits
+) -> Iterator[TokenizedPair | DroppedPair]:
     prompts = chat.ids([chat.prompt_text(pair.prompt) for pair in pairs])
     chosen = chat.ids([chat.full_text(pair.prompt, pair.chosen) for pair in pairs])
     rejected = chat.ids([chat.full_text(pair.prompt, pair.rejected) for pair in pairs])
@@ -192,6 +213,8 @@ def _cut(
     chosen, rejected = (chat.response_ids(prompt_ids, full) for full in sides)
     if chosen is None or rejected is None:
         return drop("boundary", REASONS["boundary"])
+    if not chosen or not rejected:
+        return drop("no_end", REASONS["no_end"])
     longest = len(prompt_ids) + max(len(chosen), len(rejected))
     if longest > limits.max_length:
         return drop("too_long", f"{longest} tokens, data.max_length is {limits.max_length}")

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from fpo_core.errors import FPOError
 
-SITES = ("resid_post",)
-
 
 class StopForward(Exception):
     """Raised inside a hook to end a forward pass after the deepest layer that is needed."""

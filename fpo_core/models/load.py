@@ -1,19 +1,12 @@
 """Load a causal language model and its tokenizer from what a recipe names."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fpo_core.errors import FPOError
 from fpo_core.memory import keep_freed_memory
 from fpo_core.models import source as sources
 from fpo_core.models.gguf import convert_gguf
-
-
-class LoadedModel(NamedTuple):
-    """A model in evaluation mode with its tokenizer, and the folder both came from."""
-
-    model: Any
-    tokenizer: Any
 
 
 def model_folder(source: str, revision: str | None = None) -> Path:

@@ -31,10 +31,12 @@ class ModelIdentity:
     Attributes:
         value: content identity, as it enters artifact versions.
         resolved: False when the hub could not be asked, so that ``value`` is only a name.
+        commit: of a model on the hub.
     """
 
     value: str
     resolved: bool = True
+    commit: str | None = None
 
 
 def cache_folder() -> Path:
@@ -136,7 +138,8 @@ def _hub_identity(source: str, revision: str | None) -> ModelIdentity:
     name = f"hub:{source}@{revision or 'main'}"
     cached = try_to_load_from_cache(source, "config.json", revision=revision)
     if isinstance(cached, str):
-        return ModelIdentity(f"hub:{source}@{Path(cached).parent.name}")
+        commit = Path(cached).parent.name
+        return ModelIdentity(f"hub:{source}@{commit}", commit=commit)
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         return ModelIdentity(name, resolved=False)
     try:
@@ -147,4 +150,4 @@ def _hub_identity(source: str, revision: str | None) -> ModelIdentity:
         if "httpx" in type(error).__module__ or "requests" in type(error).__module__:
             return ModelIdentity(name, resolved=False)
         raise
-    return ModelIdentity(f"hub:{source}@{info.sha}")
+    return ModelIdentity(f"hub:{source}@{info.sha}", commit=info.sha)

@@ -22,7 +22,7 @@ DEFAULT_ALPHA = 0.5
 class Settings(BaseModel):
     """Base of every section: frozen, strict about unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSettings(Settings):
@@ -180,3 +180,12 @@ class Recipe(Settings):
     train: TrainSettings = TrainSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     resources: ResourceSettings = ResourceSettings()
+
+    @model_validator(mode="after")
+    def _top_k_is_cached(self) -> "Recipe":
+        if self.train.k > self.features.cache_k:
+            raise ValueError(
+                f"train.k={self.train.k} needs the reference's top {self.train.k} features, "
+                f"features.cache_k stores {self.features.cache_k}; raise features.cache_k"
+            )
+        return self

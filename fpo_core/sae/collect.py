@@ -54,8 +54,14 @@ def collect_activations(
             activations[start * rows : stop * rows] = values.to(torch.float16).numpy()
             if stop // windows_per_batch % 50 == 0:
                 activations.flush()
-                mark.write_text(json.dumps({"windows": stop}))
+                _write_mark(mark, stop)
             progress.advance(batch.numel())
     activations.flush()
-    mark.write_text(json.dumps({"windows": count}))
+    _write_mark(mark, count)
     return activations
+
+
+def _write_mark(mark: Path, windows: int) -> None:
+    partial = mark.with_suffix(".partial")
+    partial.write_text(json.dumps({"windows": windows}))
+    partial.replace(mark)

@@ -7,6 +7,7 @@ dies (parent-death signal), SIGKILL included.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,9 @@ from fpo_core.training.job import ERROR_FILE, METRICS_FILE, TrainingJob
 JOB_FILE, LOG_FILE = "job.json", "workers.log"
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0
+
+
+_OUT_OF_MEMORY = re.compile(r"exitcode *: -9\b|OutOfMemoryError|Signal 9 ")
 
 
 def run_workers(job: TrainingJob, ranks: int, on_step: Callable[[dict[str, Any]], None]) -> None:
@@ -107,12 +111,13 @@ def _failure(output: Path, code: int) -> Exception:
     error = output / ERROR_FILE
     if error.is_file():
         return FPOError(json.loads(error.read_text())["message"])
-    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+    tail = (output / LOG_FILE).read_text(errors="replace").splitlines()[-30:]
+    # The launcher reports a killed rank in its log and exits with 1 itself.
+    if code == -signal.SIGKILL or any(_OUT_OF_MEMORY.search(line) for line in tail):
         return FPOError(
             "the training workers were killed, most likely for memory; lower "
             "resources.tokens_per_batch or set train.activation_checkpointing=true"
         )
-    tail = (output / LOG_FILE).read_text(errors="replace").splitlines()[-30:]
-    return RuntimeError(
+    return FPOError(
         f"the training workers failed with code {code}; the end of their log:\n" + "\n".join(tail)
     )

@@ -97,8 +97,11 @@ class Trainer:
         )
         model.train()
         for module in model.modules():
+            # The invariant at step 0 needs policy = reference.
             if isinstance(module, nn.Dropout):
-                module.p = 0.0  # the invariant at step 0 needs policy = reference
+                module.p = 0.0
+            if hasattr(module, "attention_dropout"):
+                setattr(module, "attention_dropout", 0.0)  # noqa: B010 - Module types its attributes
         if settings.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         engine, *_ = deepspeed.initialize(
@@ -112,7 +115,7 @@ class Trainer:
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,
                 "gradient_clipping": settings.max_grad_norm,
-                "bf16": {"enabled": self.cuda},
+                "bf16": {"enabled": self.cuda and self.job.reference_dtype == "bfloat16"},
                 "steps_per_print": sys.maxsize,
             },
         )
@@ -156,7 +159,7 @@ class Trainer:
         totals = torch.zeros(len(StepMetrics._fields), dtype=torch.float64)
         for number, rows in enumerate(groups):
             examples = [mine[row] for row in rows] or batch[:1]
-            losses, sums = self._losses(examples, check=first and number == 0)
+            losses, sums = self._losses(examples, check=first)
             if not torch.isfinite(losses).all():
                 raise FPOError(
                     f"the loss is {losses.tolist()} for the pairs "
@@ -177,7 +180,7 @@ class Trainer:
 
     def _fp32_grad_norm(self) -> float | None:
         """The unclipped gradient's norm on the plain float32 path, where DeepSpeed reports none."""
-        if self.cuda or self.job.settings.zero_stage:
+        if self.engine.bfloat16_enabled() or self.job.settings.zero_stage:
             return None
         grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(grads))

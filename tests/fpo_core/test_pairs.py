@@ -99,6 +99,10 @@ FAULTS = {
         json.dumps({"prompt": [USER, YES], "chosen": "a", "rejected": "b"}),
         r"line 1: the prompt does not end in a user's turn",
     ),
+    "content that is no text": (
+        json.dumps({"prompt": [{"role": "user", "content": None}], "chosen": "a", "rejected": "b"}),
+        r"line 1: not a preference pair of a known shape.*a text is NoneType",
+    ),
     "unknown role": (
         json.dumps({"prompt": [{"role": "robot", "content": "?"}], "chosen": "a", "rejected": "b"}),
         r"line 1: not a preference pair of a known shape \(KeyError: 'robot'\)",

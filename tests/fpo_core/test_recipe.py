@@ -77,6 +77,8 @@ REFUSED = {
     "unknown choice": ("", ("train.method=ppo",), r"train\.method: .*'fpo', 'dpo' or 'simpo'"),
     "alpha of DPO": ("", ("train.method=dpo", "train.alpha=1"), r"alpha weighs.*dpo has not"),
     "gamma of FPO": ("", ("train.gamma=1",), r"train\.gamma is SimPO's"),
+    "top-k beyond the cache": ("", ("train.k=300",), r"train\.k=300.*raise features\.cache_k"),
+    "infinite": ("", ("train.lr=.inf",), r"train\.lr: .*finite"),
     "two SAEs": (
         "", ("sae.train={text: [], d_sae: 1, k: 1, steps: 1, lr: 1}",),
         "exactly one of sae.source and sae.train",

@@ -96,6 +96,17 @@ def test_a_tokenizer_without_a_template_says_what_to_set():
         ChatFormat(tokenizer, "model")
 
 
+def test_a_template_that_refuses_or_never_ends_an_answer_is_named():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
+    with pytest.raises(FPOError, match=r"between d\.jsonl, line 1 and d\.jsonl.*no system turns"):
+        list(tokenize_pairs([pair()], ChatFormat(tokenizer, "model"), LIMITS))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    (found,) = tokenize_pairs([pair()], ChatFormat(tokenizer, "model"), LIMITS)
+    assert isinstance(found, DroppedPair)
+    assert found.reason == "no_end"
+
+
 @pytest.mark.parametrize("template", ["model", "halos"])
 def test_prompts_are_shown_without_the_template(template):
     chat = ChatFormat(TOKENIZER, template)

@@ -171,7 +171,26 @@ def test_no_worker_survives_its_parent(caches, tmp_path, how):
     wait_for(lambda: not workers_of(tmp_path), 30)
 
 
+def test_a_worker_killed_for_memory_is_said_as_such(caches, tmp_path):
+    """The kernel's way: SIGKILL to one rank, which its launcher outlives."""
+    killed = []
+
+    def kill_the_rank(_record):
+        if not killed:
+            killed.append(True)
+            for pid, line in worker_processes(tmp_path):
+                if "torch.distributed.run" not in line:
+                    os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(FPOError, match=r"were killed, most likely for memory; lower resources"):
+        run_workers(job(caches, tmp_path / "out", epochs=100_000), 1, kill_the_rank)
+
+
 def workers_of(folder: Path) -> list[str]:
+    return [line for _, line in worker_processes(folder)]
+
+
+def worker_processes(folder: Path) -> list[tuple[int, str]]:
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -180,7 +199,7 @@ def workers_of(folder: Path) -> list[str]:
             except OSError:
                 continue
             if str(folder) in line and "fpo_core.training.worker" in line:
-                found.append(line)
+                found.append((int(entry.name), line))
     return found
 
 

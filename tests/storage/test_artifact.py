@@ -87,6 +87,9 @@ def test_a_shard_cut_short_or_lost_is_not_finished(store):
         writer.put_shard(shard, {"": rows(shard)})
     data_file(store, "00000.parquet").write_bytes(data_file(store).read_bytes()[:50])
     data_file(store, "00002.parquet").unlink()
+    writer.put_shard(3, {"": rows(9)})
+    changed = data_file(store, "00003.parquet")
+    changed.write_bytes(b"X" + changed.read_bytes()[1:])  # of the same size
     assert set(store.writer("reference", VERSION).finished_shards()) == {1}
 
 
