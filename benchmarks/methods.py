@@ -4,8 +4,8 @@
 
 Every run is an ordinary ``fpo run`` with ``train.method`` and ``train.seed`` set, so what is stored
 already is reused and an interrupted comparison goes on where it stopped. Prints a Markdown table:
-mean over the seeds, and the smallest and largest in brackets; then the last method's accuracy
-against each of the others'.
+mean over the seeds, and the smallest and largest in brackets; then each
+method's accuracy against the reference's, and the last one's against each of the others'.
 """
 
 import argparse
@@ -66,6 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runs.setdefault(method, []).append(evaluation(options.recipe, overrides, store))
     print(table({method: [metrics(found) for found in every] for method, every in runs.items()}))
     print()
+    for method, every in runs.items():
+        low = min(metrics(found)["accuracy"]["difference"]["low"] for found in every)
+        print(
+            f"accuracy, {method} minus the reference: every run's 95 % interval is above {low:+.3f}"
+        )
     *others, last = runs
     for other in others:
         gap = accuracy_gap(runs[last], runs[other])
