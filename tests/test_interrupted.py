@@ -169,5 +169,5 @@ def test_two_runs_at_once_make_one_set_of_artifacts(whole, tmp_path):
     both = [start(whole.recipe, store) for _ in range(2)]
     told = [finish(process) for process in both]
     assert contents(store) == contents(whole.store)
-    assert sorted(text.count("computed") for text in told) == [0, 2]
-    assert any("train: another run is making policy, waiting for it" in text for text in told)
+    # Each stage was computed by one of them, whichever came to it first.
+    assert sum(text.count("computed") for text in told) == 2
