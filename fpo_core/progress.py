@@ -113,5 +113,5 @@ def human_rate(rate: float, unit: str) -> str:
     return f"{rate:,.1f} {unit}s/s" if rate < 20 else f"{rate:,.0f} {unit}s/s"
 
 
-def not_shown(amount: int) -> None:  # noqa: ARG001 - it takes what a Progress would
+def not_shown(_amount: int) -> None:
     """The progress callback of a caller that shows none."""

@@ -1,6 +1,10 @@
 """The quickstart's own model, SAE and data, with few pairs so that it takes a minute or two."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -40,18 +44,17 @@ def test_the_quickstart_on_few_pairs(fpo, tmp_path):
     assert again.err.count("reused") == 5
 
 
-def test_the_readmes_polars_lines_run_on_its_store(tmp_path, finished_run, monkeypatch):
+def test_the_readmes_polars_lines_run_on_its_store(tmp_path, finished_run):
     """The lines as the README has them, on a store of another run."""
-    from pathlib import Path
-
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     block = next(part for part in readme.split("```python\n") if "scan_parquet" in part)
     lines = block.partition("```")[0].strip().splitlines()
     assert len(lines) == 3
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "fpo-store").symlink_to(finished_run.store)
-    names: dict = {}
-    exec("\n".join(lines[:2]), names)  # noqa: S102 - our own README
-    table = names["features"].collect()
-    assert {"feature", "density", "mean_chosen", "mean_rejected"} <= set(table.columns)
-    exec(lines[2], names)  # noqa: S102
+    shown = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "POLARS_FMT_MAX_COLS": "-1", "POLARS_TABLE_WIDTH": "300"}, check=True,
+    ).stdout  # fmt: skip
+    for column in ("feature", "density", "mean_chosen", "mean_rejected", "gap"):
+        assert column in shown
+    assert "shape: (5, 8)" in shown

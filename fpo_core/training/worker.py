@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,12 +97,13 @@ class Trainer:
             local_files_only=True,
         )
         model.train()
-        for module in model.modules():
+        modules: Iterable[Any] = model.modules()
+        for module in modules:
             # The invariant at step 0 needs policy = reference.
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
             if hasattr(module, "attention_dropout"):
-                setattr(module, "attention_dropout", 0.0)  # noqa: B010 - Module types its attributes
+                module.attention_dropout = 0.0
         if settings.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         engine, *_ = deepspeed.initialize(

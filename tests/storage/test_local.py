@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -125,11 +126,20 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         backend.put("k", b"")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_named(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(StoreUnwritable, match="Permission denied"):
-        LocalBackend(tmp_path).put("k", b"")
+def test_a_folder_without_permission_is_named():
+    """As root, who may write everywhere, under the rights of nobody."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o555)
+        me = os.geteuid()
+        if me == 0:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(StoreUnwritable, match=r"cannot be written \(Permission denied\)"):
+                LocalBackend(folder).put("k", b"")
+        finally:
+            os.seteuid(me)
+        assert list(folder.iterdir()) == []
 
 
 def test_a_full_disk_is_said_as_such(backend, monkeypatch):
