@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,13 +96,7 @@ class Trainer:
             local_files_only=True,
         )
         model.train()
-        modules: Iterable[Any] = model.modules()
-        for module in modules:
-            # The invariant at step 0 needs policy = reference.
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0
+        model.apply(_without_dropout)
         if settings.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         engine, *_ = deepspeed.initialize(
@@ -263,6 +256,14 @@ class Trainer:
             model.config.use_cache = True
             model.save_pretrained(self.job.output / MODEL_FOLDER)
         torch.distributed.barrier()
+
+
+def _without_dropout(module: Any) -> None:
+    """The invariant at step 0 needs policy = reference, in training mode too."""
+    if hasattr(module, "attention_dropout"):
+        module.attention_dropout = 0.0
+    elif isinstance(module, nn.Dropout):
+        module.p = 0.0
 
 
 def _sums(result: objectives.Objective, features: Discrepancy, batch: PairBatch) -> StepMetrics:
