@@ -22,7 +22,9 @@ import polars as pl
 from fpo_core.evaluation.metrics import Estimate, bootstrap_draws, estimate
 from fpo_core.quiet import set_quiet_defaults
 from fpo_core.recipe import load_recipe
-from storage.store import Artifact, Store, open_store
+from storage.artifact import Artifact
+from storage.location import open_store
+from storage.store import Store
 from tasks.plan import make_plan
 
 METHODS = ("dpo", "simpo", "fpo")

@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from cli.store import StoreUrl
+from cli.store import app as store_app
 from fpo_core.errors import FPOError, UsageError
 from fpo_core.quiet import set_quiet_defaults
 
@@ -43,11 +45,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a setting; can be repeated."),
 ]
-StoreUrl = Annotated[
-    str,
-    typer.Option("--store", envvar="FPO_STORE", help="Artifact store: a folder, or file:///..."),
-]
-DEFAULT_STORE = "fpo-store"
 
 
 @app.command(epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.")
@@ -70,7 +67,7 @@ def run(
             "--report", metavar="DIR", help="Where the report goes [reports/RECIPE-METHOD]."
         ),
     ] = None,
-    store: StoreUrl = DEFAULT_STORE,
+    store: StoreUrl = None,
 ) -> None:
     """Run a recipe: tokenize, reference, features, train, evaluate.
 
@@ -86,13 +83,15 @@ def run(
     from tasks.run import prepare_run
 
     log = logging.getLogger("fpo")
-    if not (Path(store) / "artifacts").is_dir():
-        log.info("store: %s (new)", store)
     # All mistakes show here, before Prefect is started; the flow prepares itself in the same way.
     prepared, stages = prepare_run(
         recipe, overrides or [], store, first=from_stage, only=only_stage, force=force
     )
-    log.info("recipe %s, method %s", prepared.recipe.name, prepared.recipe.train.method)
+    new = " (new)" if not next(prepared.store.backend.list("artifacts/"), None) else ""
+    log.info(
+        "recipe %s, method %s, store %s%s", prepared.recipe.name, prepared.recipe.train.method,
+        prepared.store.url, new,
+    )  # fmt: skip
     outcomes = prepared.reuse(stages)
     if outcomes is not None:
         if "evaluate" in outcomes:
@@ -109,7 +108,7 @@ def run(
 
 
 @app.command()
-def plan(recipe: Recipe, overrides: Overrides = None, store: StoreUrl = DEFAULT_STORE) -> None:
+def plan(recipe: Recipe, overrides: Overrides = None, store: StoreUrl = None) -> None:
     """Show what a run would reuse, resume or compute.
 
     \b
@@ -118,11 +117,11 @@ def plan(recipe: Recipe, overrides: Overrides = None, store: StoreUrl = DEFAULT_
     """
     from cli.show import print_plan
     from fpo_core.recipe import load_recipe
-    from storage.store import open_store
     from tasks.plan import make_plan
+    from tasks.run import recipe_store
 
     settings = load_recipe(recipe, overrides or [])
-    artifacts = open_store(store)
+    artifacts = recipe_store(settings, store)
     print_plan(settings, make_plan(settings, artifacts), artifacts)
 
 
@@ -133,7 +132,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder [reports/RECIPE-METHOD].")
     ] = None,
-    store: StoreUrl = DEFAULT_STORE,
+    store: StoreUrl = None,
 ) -> None:
     """Write a finished run's report again.
 
@@ -142,18 +141,17 @@ def report(
       fpo report quickstart --set train.method=dpo -o reports/dpo
     """
     from fpo_core.recipe import load_recipe
-    from storage.store import open_store
     from tasks.plan import make_plan
     from tasks.report import default_folder, write_report
-    from tasks.run import PipelineRun
+    from tasks.run import PipelineRun, recipe_store
 
     settings = load_recipe(recipe, overrides or [])
-    artifacts = open_store(store)
+    artifacts = recipe_store(settings, store)
     planned = make_plan(settings, artifacts)
     unfinished = [name for name, stage in planned.stages.items() if stage.state != "complete"]
     if unfinished:
         raise FPOError(
-            f"recipe {settings.name!r} has not finished in the store {store!r}: "
+            f"recipe {settings.name!r} has not finished in the store {artifacts.url!r}: "
             f"{', '.join(unfinished)} missing; run `fpo run {recipe}` with the same --set first"
         )
     pipeline = PipelineRun(settings, artifacts, planned, frozenset())
@@ -161,41 +159,7 @@ def report(
     logging.getLogger("fpo").info("report     %s", page)
 
 
-store_app = typer.Typer(
-    help="Look at the artifact store.", no_args_is_help=True, rich_markup_mode=None
-)
 app.add_typer(store_app, name="store")
-
-
-@store_app.command("ls")
-def store_ls(store: StoreUrl = DEFAULT_STORE) -> None:
-    """List the artifacts.
-
-    \b
-    Example:
-      fpo store ls --store /data/fpo-store
-    """
-    from cli.show import print_artifacts
-    from storage.store import open_store
-
-    print_artifacts(open_store(store))
-
-
-@store_app.command("show")
-def store_show(
-    artifact: Annotated[str, typer.Argument(help="STAGE/VERSION, or the start of either.")],
-    store: StoreUrl = DEFAULT_STORE,
-) -> None:
-    """Show one artifact's manifest: inputs, settings, statistics, files.
-
-    \b
-    Example:
-      fpo store show features
-    """
-    from cli.show import print_artifact
-    from storage.store import open_store
-
-    print_artifact(open_store(store), artifact)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -224,7 +188,8 @@ def main(arguments: list[str] | None = None) -> None:
     except UsageError as error:
         _fail(error, WRONG_USAGE)
     except ArtifactCorrupt as error:
-        _fail(error, FAILED, _recompute(error.artifact))
+        name = f"{error.artifact}/{error.version}"
+        _fail(error, FAILED, f". `fpo store repair {name}` computes again what is damaged")
     except (FPOError, StoreError) as error:
         _fail(error, FAILED)
     except PermissionError as error:
@@ -239,13 +204,6 @@ def main(arguments: list[str] | None = None) -> None:
 def _fail(error: Exception, code: int, remedy: str = "") -> None:
     print(f"error: {error}{remedy}", file=sys.stderr)
     sys.exit(code)
-
-
-def _recompute(artifact: str) -> str:
-    from tasks.plan import ARTIFACTS
-
-    stage = next((stage for stage, made in ARTIFACTS.items() if made == artifact), "STAGE")
-    return f". Recompute it with `fpo run RECIPE --only {stage} --force`, with the run's own --set"
 
 
 def _log_to_terminal() -> None:

@@ -2,17 +2,42 @@
 
 import datetime as dt
 import json
+from collections.abc import Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
 
+from flows.repair import Repaired
 from fpo_core.recipe import Recipe
+from storage.catalog import ArtifactInfo
+from storage.copy import Copied
+from storage.gc import Garbage
+from storage.lineage import Node
 from storage.store import Store
+from storage.verify import Verdict
 from tasks.plan import Plan
 from tasks.run import human_bytes
 
 _ACTION = {"complete": "reuse", "partial": "resume", "missing": "compute"}
+
+
+def print_json(value: Any) -> None:
+    """A result for programs: named tuples become objects."""
+    print(json.dumps(_plain(value), indent=2, default=str))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value
 
 
 def _console() -> Console:
@@ -50,36 +75,120 @@ def print_plan(recipe: Recipe, plan: Plan, store: Store) -> None:
         )
 
 
-def print_artifacts(store: Store) -> None:
+def print_artifacts(url: str, infos: Sequence[ArtifactInfo]) -> None:
     """The store's artifacts, newest first."""
-    infos = sorted(store.artifacts(), key=lambda info: info.created or "", reverse=True)
     console = _console()
     if not infos:
-        console.print(f"the store {store.url} is empty; `fpo run quickstart` fills it")
+        console.print(f"the store {url} is empty; `fpo run quickstart` fills it")
         return
     table = _table("artifact", "state", "rows", "size", "age", "recipes")
-    for info in infos:
+    for info in sorted(infos, key=lambda info: info.created or "", reverse=True):
         table.add_row(
-            f"{info.stage}/{info.version}", info.state, f"{info.rows:,}" if info.rows else "",
-            human_bytes(info.bytes), _age(info.created), ", ".join(info.refs),
+            info.name, info.state, f"{info.rows:,}" if info.rows else "", human_bytes(info.bytes),
+            _age(info.created), ", ".join(info.refs),
         )  # fmt: skip
     console.print(table)
+    for info in infos:
+        if info.state == "corrupt":
+            console.print(Text(f"{info.name}: {info.reason}"))
+    if any(info.state == "corrupt" for info in infos):
+        console.print("`fpo store repair` computes again what is damaged")
 
 
-def print_artifact(store: Store, name: str) -> None:
+def print_artifact(store: Store, info: ArtifactInfo) -> None:
     """One artifact's manifest."""
-    info = store.find(name)
     console = _console()
-    if info.state != "complete":
-        console.print(f"{info.stage}/{info.version} is {info.state}: rerun its stage to finish it")
+    if info.state == "partial":
+        console.print(f"{info.name} is not finished: run its recipe again to finish it")
         return
     manifest = dict(store.artifact(info.stage, info.version).manifest)
     files = manifest.pop("files")
     console.print_json(json.dumps(manifest, default=str))
     table = _table("file", "size", "sha256")
     for path, file in sorted(files.items()):
-        table.add_row(path, human_bytes(file["bytes"]), file["sha256"][:16])
+        table.add_row(Text(path), human_bytes(file["bytes"]), file["sha256"][:16])
     console.print(table)
+    if info.reason:
+        console.print(Text(f"damaged: {info.reason}"))
+
+
+def print_lineage(made_from: Node, made_into: Node) -> None:
+    """Two trees: up to data and models, and down to what uses the artifact."""
+    console = _console()
+    for title, node, nothing in (
+        ("made from", made_from, "nothing in this store"),
+        ("made into", made_into, "nothing yet"),
+    ):
+        tree = Tree(Text(f"{node.name}, {title}"))
+        for branch in node.branches:
+            _grow(tree, branch)
+        if not node.branches:
+            tree.add(nothing)
+        console.print(tree)
+
+
+def _grow(tree: Tree, node: Node) -> None:
+    note = "" if node.state in ("complete", "external") else f"  ({node.state})"
+    name = node.name if len(node.name) <= 60 else f"{node.name[:57]}..."
+    inner = tree.add(Text(f"{name}{note}"))
+    for branch in node.branches:
+        _grow(inner, branch)
+
+
+def print_verdicts(verdicts: Sequence[Verdict], lost_refs: Sequence[str]) -> None:
+    """What verification found."""
+    console = _console()
+    for verdict in verdicts:
+        if verdict.manifest_fault:
+            console.print(Text(f"{verdict.name}: {verdict.manifest_fault}"))
+        for file, why in verdict.bad_files.items():
+            console.print(Text(f"{verdict.name}: {file}: {why}"))
+    for line in lost_refs:
+        console.print(Text(line))
+    bad = sum(not verdict.ok for verdict in verdicts)
+    read = human_bytes(sum(verdict.bytes for verdict in verdicts))
+    console.print(f"{len(verdicts)} artifacts, {read} read: {bad or 'none'} damaged")
+    if bad:
+        console.print("`fpo store repair` computes again what is damaged")
+
+
+def print_repaired(repaired: Sequence[Repaired]) -> None:
+    """What was computed again."""
+    console = _console()
+    for done in repaired:
+        again = ", ".join(done.computed_again) or "the manifest"
+        same = "as before" if done.identical else "its files differ from the former ones"
+        console.print(Text(f"{done.name}: {again} computed again, {same}"))
+    if not repaired:
+        console.print("nothing is damaged")
+
+
+def print_garbage(found: Garbage, *, deleted: bool) -> None:
+    """What can go, or went."""
+    console = _console()
+    if found.artifacts:
+        table = _table("artifact", "state", "size", "age")
+        for info in found.artifacts:
+            table.add_row(info.name, info.state, human_bytes(info.bytes), _age(info.created))
+        console.print(table)
+    verb = "removed" if deleted else "could be removed"
+    console.print(
+        f"{len(found.artifacts)} artifacts ({human_bytes(found.bytes)}) and {len(found.runs)} old "
+        f"run records {verb}; {found.kept} artifacts are needed, {found.in_grace} more are in the "
+        f"grace period"
+    )
+    if found.artifacts and not deleted:
+        console.print("`fpo store gc --delete` removes them")
+
+
+def print_copied(copied: Sequence[Copied], url: str) -> None:
+    """What was copied where."""
+    console = _console()
+    table = _table("artifact", "state", "size")
+    for one in copied:
+        table.add_row(one.name, one.state, human_bytes(one.bytes) if one.bytes else "")
+    console.print(table)
+    console.print(Text(f"{len(copied)} artifacts are in {url}"))
 
 
 def _age(created: str | None) -> str:

@@ -3,13 +3,15 @@
 pairs -> reference -> features -> policy -> evaluation   (+ sae, where one is trained)
 """
 
+from collections.abc import Sequence
+
 from prefect import flow
 
 from tasks.evaluate import evaluate
 from tasks.features import features
 from tasks.reference import reference
 from tasks.report import bring_report
-from tasks.run import Outcome, prepare_run
+from tasks.run import Outcome, PipelineRun, prepare_run
 from tasks.sae import sae
 from tasks.tokenize import tokenize
 from tasks.train import train
@@ -22,7 +24,7 @@ def fpo_pipeline(
     from_stage: str | None = None,
     only_stage: str | None = None,
     force: bool = False,
-    store: str = "fpo-store",
+    store: str | None = None,
     report_folder: str | None = None,
 ) -> dict[str, Outcome]:
     """Run a recipe's stages; what exists already is reused.
@@ -33,12 +35,21 @@ def fpo_pipeline(
         from_stage: bring about this stage and the later ones; earlier ones must be done.
         only_stage: bring about this stage alone; its inputs must be done.
         force: compute the selected stages again even where their artifacts exist.
-        store: the artifact store, a folder.
+        store: the artifact store, a folder or ``s3://bucket/prefix``; where left out, that of
+            ``FPO_STORE``, or of the recipe.
         report_folder: where the report goes; ``reports/RECIPE-METHOD`` where left out.
     """
     run, stages = prepare_run(
         recipe, overrides or [], store, first=from_stage, only=only_stage, force=force
     )
+    with run.recorded(stages):
+        outcomes = _bring_about(run, stages)
+        if "evaluate" in stages:
+            bring_report(run, report_folder, outcomes)
+    return outcomes
+
+
+def _bring_about(run: PipelineRun, stages: Sequence[str]) -> dict[str, Outcome]:
     outcomes: dict[str, Outcome] = {}
     if "sae" in stages:
         outcomes["sae"] = sae(run)
@@ -52,5 +63,4 @@ def fpo_pipeline(
         outcomes["train"] = train(run)
     if "evaluate" in stages:
         outcomes["evaluate"] = evaluate(run)
-        bring_report(run, report_folder, outcomes)
     return outcomes

@@ -1,17 +1,23 @@
 """What a store needs of the place it is kept in: a few atomic operations on keys.
 
 Small enough for a folder and for any S3 service: ``create`` is a put with If-None-Match,
-``replace`` one with If-Match.
+``replace`` one with If-Match. Small objects travel as bytes, data files as local files.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from storage.errors import StoreError
 
 _BAD = re.compile(r"[\x00-\x1f\x7f\\]")
+BytesDone = Callable[[int], None]
+
+
+def not_shown(_bytes: int) -> None:
+    """The progress callback of a caller that shows none."""
 
 
 class Entry(NamedTuple):
@@ -22,11 +28,28 @@ class Entry(NamedTuple):
     modified: float  # seconds since 1970
 
 
+class FileRecord(NamedTuple):
+    """What a receipt or manifest says of a data file."""
+
+    bytes: int
+    sha256: str  # hex
+
+
+class Hold(Protocol):
+    """The exclusive right to write something, while its context is open."""
+
+    def check(self) -> None:
+        """Raise HoldLost when the right may be another run's by now."""
+        ...
+
+
 class Backend(Protocol):
     """Keys are relative paths with ``/``; every operation checks them before any I/O."""
 
+    scratch: Path  # a local folder for work in progress
+
     def read(self, key: str) -> bytes:
-        """The object's bytes; KeyError when it is not there."""
+        """A small object's bytes; KeyError when it is not there."""
         ...
 
     def read_with_etag(self, key: str) -> tuple[bytes, str] | None:
@@ -34,7 +57,7 @@ class Backend(Protocol):
         ...
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write a new object at once; False, and nothing changed, when it exists."""
+        """Write a new object at once; False, and nothing changed, when there is another."""
         ...
 
     def replace(self, key: str, data: bytes, expected_etag: str | None) -> bool:
@@ -42,23 +65,60 @@ class Backend(Protocol):
         ...
 
     def put(self, key: str, data: bytes) -> None:
-        """Write an object at once, over an older one of the same content."""
+        """Write an object at once, over an older one."""
         ...
 
-    def put_file(self, key: str, path: Path) -> None:
-        """The same from a file."""
+    def put_file(self, key: str, path: Path, on_bytes: BytesDone = not_shown) -> FileRecord:
+        """Move a local file into the store; what arrived is what was sent, or it raises."""
         ...
 
-    def local_path(self, key: str) -> Path:
-        """A local file with the object's bytes; KeyError when it is not there."""
+    def fetch(self, key: str, record: FileRecord, on_bytes: BytesDone = not_shown) -> Path:
+        """A local file with the object's bytes, checked; FileDamaged with the reason."""
+        ...
+
+    def copy_to(self, key: str, record: FileRecord, path: Path) -> None:
+        """Write the object's bytes to a local file, checked; FileDamaged with the reason."""
+        ...
+
+    def folder(self, key: str, files: Mapping[str, Path]) -> Path:
+        """A local folder with fetched files under their names below ``key``."""
+        ...
+
+    def damage(self, key: str, record: FileRecord) -> str | None:
+        """Read a whole object where it is stored; why it is not what was written, or None."""
+        ...
+
+    def intact(self, records: Mapping[str, FileRecord]) -> set[str]:
+        """The keys whose objects are what was written, as an interrupted run needs to know it."""
         ...
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """The objects whose keys start with ``prefix``, sorted."""
         ...
 
-    def delete(self, key: str) -> None:
-        """Remove an object; nothing happens when it is not there."""
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects; one that is not there is no error."""
+        ...
+
+    def hold(
+        self, name: str, on_wait: Callable[[], None] | None
+    ) -> AbstractContextManager[Hold | None]:
+        """The only right to ``name`` among all runs on this store; a crash gives it back.
+
+        Args:
+            name: what is held, a key.
+            on_wait: called once when another run has it and this one begins to wait. Where it is
+                None the context is entered at once, with None.
+        """
+        ...
+
+    def sweep(self, prefix: str, older_than: float) -> int:
+        """Remove what killed writers left half-written below ``prefix``; returns how many.
+
+        Args:
+            prefix: of the keys.
+            older_than: only what began so many seconds ago.
+        """
         ...
 
 
@@ -72,3 +132,10 @@ def check_key(key: str) -> str:
     if _BAD.search(key) or any(part in ("", ".", "..") for part in parts):
         raise StoreError(f"{key!r} is not a name in a store")
     return key
+
+
+def check_prefix(prefix: str) -> str:
+    """Return the prefix of keys if it is one: a key, one that ends in ``/``, or nothing."""
+    if prefix:
+        check_key(prefix.removesuffix("/"))
+    return prefix

@@ -15,16 +15,25 @@ class ArtifactCorrupt(StoreError):
     Args:
         message: what is wrong.
         artifact: name of the artifact, such as ``features``.
+        version: its version.
     """
 
-    def __init__(self, message: str, artifact: str) -> None:
+    def __init__(self, message: str, artifact: str, version: str) -> None:
         super().__init__(message)
-        self.artifact = artifact
+        self.artifact, self.version = artifact, version
+
+
+class FileDamaged(StoreError):
+    """One stored object that is not what was written; the message is the reason alone."""
 
 
 class StoreUnwritable(StoreError):
-    """The store's folder cannot be written."""
+    """The store's folder or bucket cannot be written."""
 
 
 class RefConflict(StoreError):
     """Somebody else moved a ref at the same time, again and again."""
+
+
+class HoldLost(StoreError):
+    """This run was cut off from the store for so long that another may have taken over."""

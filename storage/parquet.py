@@ -1,7 +1,8 @@
-"""Write and read Parquet shards: the same table always gives the same bytes."""
+"""Write Parquet shards: the same table always gives the same bytes."""
 
 import io
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,17 +13,22 @@ COMPRESSION_LEVEL = 3
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """A table as Parquet: zstd, dictionaries on ids and text, byte_stream_split on floats."""
+    """A table as Parquet, in memory."""
+    sink = io.BytesIO()
+    write_parquet(table, sink)
+    return sink.getvalue()
+
+
+def write_parquet(table: pa.Table, sink: Path | IO[bytes]) -> None:
+    """Write a table: zstd, dictionaries on ids and text, byte_stream_split on floats."""
     floats: Any = []
     others: Any = []
     for path, kind in _leaves(table.schema):
         (floats if pa.types.is_floating(kind) else others).append(path)
-    sink = io.BytesIO()
     pq.write_table(
         table, sink, compression="zstd", compression_level=COMPRESSION_LEVEL,
         use_dictionary=others, use_byte_stream_split=floats, write_page_index=True,
     )  # fmt: skip
-    return sink.getvalue()
 
 
 def check_schema(table: pa.Table, expected: pa.Schema) -> None:

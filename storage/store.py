@@ -4,57 +4,32 @@
 <root>/artifacts/<stage>/<version>/data/...         shards and files
 <root>/artifacts/<stage>/<version>/parts/00000.json receipts of finished shards
 <root>/refs/<recipe>/<stage>.json                   the version a recipe last made or used
-<root>/scratch/<stage>-<version>/                   work in progress of a local run
+<root>/runs/<run id>.json                           one pipeline run: recipe and artifacts
 """
 
 import json
 import shutil
-from pathlib import Path
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
-from storage.artifact import MANIFEST, Artifact, ArtifactWriter, artifact_key
-from storage.backend import Backend
-from storage.errors import (
-    ArtifactCorrupt,
-    ArtifactMissing,
-    RefConflict,
-    StoreError,
-)
-from storage.local import LocalBackend
-
-__all__ = ["Artifact", "ArtifactInfo", "ArtifactWriter", "Store", "open_store"]
+from storage.artifact import Artifact, artifact_key
+from storage.backend import Backend, FileRecord, Hold, check_key
+from storage.errors import ArtifactMissing, RefConflict, StoreError
+from storage.manifest import MANIFEST, json_bytes, read_manifest
+from storage.writer import ArtifactWriter, Receipt
 
 State = Literal["missing", "partial", "complete"]
 _SWAP_ATTEMPTS = 20
 
 
-class ArtifactInfo(NamedTuple):
-    """One line of a store's listing."""
+class Ref(NamedTuple):
+    """A recipe's pointer to the artifact of a stage."""
 
-    stage: str
-    version: str
-    state: State
-    rows: int | None
-    bytes: int
-    created: str | None
-    refs: tuple[str, ...]  # recipes
-
-
-def open_store(url: str | Path) -> "Store":
-    """Open the store at a path or a ``file:///`` URL.
-
-    Raises:
-        StoreError: another kind of URL.
-    """
-    text = str(url)
-    if text.startswith("file://"):
-        text = text.removeprefix("file://")
-    elif "://" in text:
-        raise StoreError(
-            f"store {text!r}: only folders are supported so far (a path or file:///...); "
-            f"set --store or FPO_STORE to one"
-        )
-    return Store(text, LocalBackend(Path(text).expanduser()), Path(text).expanduser() / "scratch")
+    recipe: str
+    stage: str  # of the artifact
+    version: str | None  # None where the ref cannot be read
 
 
 class Store:
@@ -63,109 +38,86 @@ class Store:
     Args:
         url: what it was opened with.
         backend: where it is kept.
-        scratch: a local folder for work in progress.
     """
 
-    def __init__(self, url: str, backend: Backend, scratch: Path) -> None:
-        self.url, self._backend, self._scratch = url, backend, scratch
+    def __init__(self, url: str, backend: Backend) -> None:
+        self.url, self.backend = url, backend
 
     def check_writable(self) -> None:
         """Write and remove a mark, so that a run fails before its first hour and not after it.
 
         Raises:
-            StoreUnwritable: naming the store.
+            StoreError: naming the store and what to do.
         """
-        self._backend.put("writable.tmp", b"")
-        self._backend.delete("writable.tmp")
+        mark = f"writable-{uuid.uuid4().hex}.tmp"
+        self.backend.put(mark, b"")
+        self.backend.delete([mark])
 
     def state(self, stage: str, version: str) -> State:
         """Whether an artifact is there."""
         key = artifact_key(stage, version)
-        found = next(iter(self._backend.list(f"{key}/{MANIFEST}")), None)
-        if found:
+        if next(self.backend.list(f"{key}/{MANIFEST}"), None):
             return "complete"
-        return "partial" if next(iter(self._backend.list(f"{key}/parts/")), None) else "missing"
+        return "partial" if next(self.backend.list(f"{key}/parts/"), None) else "missing"
 
     def artifact(self, stage: str, version: str) -> Artifact:
         """A finished artifact.
 
         Raises:
             ArtifactMissing: it is not there, or not finished.
-            ArtifactCorrupt: its manifest cannot be read.
+            ArtifactCorrupt: its manifest cannot be read, or was changed.
         """
-        key = f"{artifact_key(stage, version)}/{MANIFEST}"
         try:
-            manifest = json.loads(self._backend.read(key))
+            data = self.backend.read(f"{artifact_key(stage, version)}/{MANIFEST}")
         except KeyError as error:
             raise ArtifactMissing(
                 f"{stage}/{version} is not in the store {self.url!r}, or not finished"
             ) from error
-        except json.JSONDecodeError as error:
-            raise ArtifactCorrupt(
-                f"{stage}/{version} is damaged: its manifest is not JSON ({error})", stage
-            ) from error
-        if (manifest.get("stage"), manifest.get("version")) != (stage, version):
-            raise ArtifactCorrupt(
-                f"{stage}/{version} is damaged: its manifest is that of another artifact", stage
-            )
-        return Artifact(self._backend, stage, version, manifest)
+        return Artifact(self.backend, stage, version, read_manifest(data, stage, version))
 
-    def writer(self, stage: str, version: str) -> ArtifactWriter:
+    @contextmanager
+    def hold(
+        self, stage: str, version: str, on_wait: Callable[[], None] | None
+    ) -> Iterator[Hold | None]:
+        """The exclusive right to write an artifact; see ``Backend.hold``."""
+        with self.backend.hold(f"{stage}/{version}", on_wait) as hold:
+            yield hold
+
+    def writer(self, stage: str, version: str, hold: Hold) -> ArtifactWriter:
         """A writer that goes on where an earlier attempt stopped."""
-        return ArtifactWriter(self._backend, stage, version, self._scratch / f"{stage}-{version}")
+        self.backend.sweep(f"{artifact_key(stage, version)}/", 0)
+        return ArtifactWriter(self.backend, stage, version, hold)
 
     def discard(self, stage: str, version: str) -> None:
         """Remove an artifact, manifest first, so that it never reads as whole."""
         key = artifact_key(stage, version)
-        self._backend.delete(f"{key}/{MANIFEST}")
-        for kind in ("parts", "data"):
-            for entry in list(self._backend.list(f"{key}/{kind}/")):
-                self._backend.delete(entry.key)
-        shutil.rmtree(self._scratch / f"{stage}-{version}", ignore_errors=True)
+        self.backend.delete([f"{key}/{MANIFEST}"])
+        self.backend.delete([entry.key for entry in self.backend.list(f"{key}/")])
+        shutil.rmtree(self.backend.scratch / f"{stage}-{version}", ignore_errors=True)
 
-    def artifacts(self) -> list[ArtifactInfo]:
-        """All artifacts, finished or not."""
-        sizes: dict[tuple[str, str], int] = {}
-        for entry in self._backend.list("artifacts/"):
-            _, stage, version, *_ = entry.key.split("/")
-            sizes[stage, version] = sizes.get((stage, version), 0) + entry.size
-        refs: dict[tuple[str, str], list[str]] = {}
-        for recipe, stage, version in self.refs():
-            refs.setdefault((stage, version), []).append(recipe)
-        return [
-            self._info(stage, version, size, tuple(sorted(refs.get((stage, version), ()))))
-            for (stage, version), size in sizes.items()
-        ]
+    def unfinish(self, stage: str, version: str, bad_files: Iterable[str]) -> None:
+        """Make an artifact partial again, without some of its files; the other shards stay.
 
-    def _info(self, stage: str, version: str, size: int, refs: tuple[str, ...]) -> ArtifactInfo:
-        state = self.state(stage, version)
-        if state != "complete":
-            return ArtifactInfo(stage, version, "partial", None, size, None, refs)
-        manifest = self.artifact(stage, version).manifest
-        return ArtifactInfo(
-            stage, version, state, manifest["rows"], manifest["bytes"], manifest["created"], refs
-        )
-
-    def find(self, name: str) -> ArtifactInfo:
-        """The artifact named ``stage/version``, or by the start of either.
-
-        Raises:
-            ArtifactMissing: none matches.
-            StoreError: several do.
+        Args:
+            stage: the artifact's name.
+            version: its version.
+            bad_files: names below ``data/``; their shards are to be computed again.
         """
-        matches = [
-            info
-            for info in self.artifacts()
-            if f"{info.stage}/{info.version}".startswith(name) or info.version.startswith(name)
-        ]
-        if not matches:
-            raise ArtifactMissing(
-                f"no artifact {name!r} in the store {self.url!r}; see `fpo store ls`"
-            )
-        if len(matches) > 1:
-            every = ", ".join(f"{info.stage}/{info.version}" for info in matches)
-            raise StoreError(f"{name!r} is ambiguous: {every}")
-        return matches[0]
+        key, bad = artifact_key(stage, version), set(bad_files)
+        self.backend.delete([f"{key}/{MANIFEST}"])
+        for name, receipt in self._receipts(stage, version).items():
+            if receipt is None or bad & set(receipt.files):
+                self.backend.delete([name])
+        self.backend.delete([f"{key}/data/{file}" for file in bad])
+
+    def received_files(self, stage: str, version: str) -> dict[str, FileRecord]:
+        """The data files that an artifact's receipts name, by name below ``data/``."""
+        receipts = self._receipts(stage, version).values()
+        return {n: record for r in receipts if r for n, record in r.files.items()}
+
+    def _receipts(self, stage: str, version: str) -> dict[str, Receipt | None]:
+        keys = [e.key for e in self.backend.list(f"{artifact_key(stage, version)}/parts/")]
+        return {key: Receipt.from_json(self.backend.read(key)) for key in keys}
 
     def set_ref(self, recipe: str, stage: str, version: str) -> None:
         """Point a recipe's ref at a version (compare and swap).
@@ -176,23 +128,54 @@ class Store:
         key = f"refs/{recipe}/{stage}.json"
         data = json.dumps({"version": version}).encode()
         for _ in range(_SWAP_ATTEMPTS):
-            found = self._backend.read_with_etag(key)
+            found = self.backend.read_with_etag(key)
             if found and found[0] == data:
                 return
-            if self._backend.replace(key, data, found[1] if found else None):
+            if self.backend.replace(key, data, found[1] if found else None):
                 return
         raise RefConflict(f"the ref {key} keeps moving; is another run writing it in a loop?")
 
     def ref(self, recipe: str, stage: str) -> str | None:
         """The version a recipe's ref points at."""
-        found = self._backend.read_with_etag(f"refs/{recipe}/{stage}.json")
-        return json.loads(found[0])["version"] if found else None
+        found = self.backend.read_with_etag(f"refs/{recipe}/{stage}.json")
+        return _version(found[0]) if found else None
 
-    def refs(self) -> list[tuple[str, str, str]]:
-        """All refs as (recipe, stage, version)."""
-        found: list[tuple[str, str, str]] = []
-        for entry in self._backend.list("refs/"):
-            _, recipe, name = entry.key.split("/")
-            value: dict[str, Any] = json.loads(self._backend.read(entry.key))
-            found.append((recipe, name.removesuffix(".json"), value["version"]))
+    def refs(self) -> list[Ref]:
+        """All refs."""
+        found = []
+        for entry in self.backend.list("refs/"):
+            recipe, _, name = entry.key.removeprefix("refs/").partition("/")
+            try:
+                version = _version(self.backend.read(entry.key))
+            except KeyError as error:
+                raise StoreError(f"the ref {entry.key} went away while it was read") from error
+            found.append(Ref(recipe, name.removesuffix(".json"), version))
         return found
+
+    def put_run(self, run_id: str, record: dict[str, Any]) -> None:
+        """Record a pipeline run, or what became of it."""
+        self.backend.put(f"runs/{check_key(run_id)}.json", json_bytes(record))
+
+    def runs(self, but: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+        """The recorded runs by id, ``but`` these; one that cannot be read is left out."""
+        found: dict[str, dict[str, Any]] = {}
+        for entry in self.backend.list("runs/"):
+            run_id = entry.key.removeprefix("runs/").removesuffix(".json")
+            if run_id in but:
+                continue
+            try:
+                value = json.loads(self.backend.read(entry.key))
+            except (KeyError, ValueError):
+                continue
+            if isinstance(value, dict):
+                found[run_id] = value
+        return found
+
+
+def _version(data: bytes) -> str | None:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return None
+    version = value.get("version") if isinstance(value, dict) else None
+    return version if isinstance(version, str) else None

@@ -12,11 +12,11 @@ from prefect.cache_policies import NO_CACHE
 from fpo_core.data.tokenize import ChatFormat
 from fpo_core.models.load import load_model, load_tokenizer, prepare_cpu
 from fpo_core.progress import Progress
-from storage.store import ArtifactWriter
+from storage.writer import ArtifactWriter
 from tasks.announce import announce
 from tasks.offline import attached_coder
 from tasks.run import Outcome, PipelineRun, Work
-from tasks.train import shard_paths
+from tasks.transfer import local_folder, local_shards
 
 if TYPE_CHECKING:
     from fpo_core.evaluation.generate import Answer
@@ -43,12 +43,12 @@ def _evaluate(run: PipelineRun, writer: ArtifactWriter) -> Work:
     settings = run.recipe.evaluation
     prepare_cpu(run.recipe.resources.threads)
     examples = read_examples(
-        shard_paths(run.artifact("tokenize")),
-        shard_paths(run.artifact("reference")),
-        shard_paths(run.artifact("features"), "pooled"),
+        local_shards(run.artifact("tokenize")),
+        local_shards(run.artifact("reference")),
+        local_shards(run.artifact("features"), "pooled"),
         "heldout",
     )
-    policy_folder = run.artifact("train").folder("model")
+    policy_folder = local_folder(run.artifact("train"), "model")
     options = {"dtype": run.recipe.model.dtype, "attention": run.recipe.model.attention}
     policy = load_model(policy_folder, **options)
     reference = load_model(run.model_path(), **options)

@@ -5,7 +5,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from storage.schemas import FEATURES_STATS
-from storage.store import ArtifactWriter
+from storage.writer import ArtifactWriter
 from tasks.announce import announce
 from tasks.offline import score_shards
 from tasks.run import Outcome, PipelineRun, Work
@@ -22,8 +22,8 @@ def _extract(run: PipelineRun, writer: ArtifactWriter) -> Work:
 
     tokens = score_shards(run, None, writer)
     shards = []
-    for number in sorted(writer.finished_shards()):
-        table = writer.read_table("shard_stats", number)
+    for _, receipt in sorted(writer.finished_shards().items()):
+        table = writer.read_table("shard_stats", receipt)
         columns = {
             name: table[name].to_numpy() for name in table.column_names if name != "examples"
         }

@@ -21,7 +21,7 @@ from storage.schemas import (
     FEATURES_TOKENS,
     REFERENCE,
 )
-from storage.store import ArtifactWriter
+from storage.writer import ArtifactWriter
 from tasks.run import PipelineRun
 
 if TYPE_CHECKING:

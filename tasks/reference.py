@@ -3,7 +3,7 @@
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from storage.store import ArtifactWriter
+from storage.writer import ArtifactWriter
 from tasks.announce import announce
 from tasks.offline import score_shards
 from tasks.run import Outcome, PipelineRun, Work
@@ -22,6 +22,8 @@ def reference(run: PipelineRun, *, with_features: bool) -> Outcome:
 
 
 def _score(run: PipelineRun, writer: ArtifactWriter, with_features: bool) -> Work:
-    shared = with_features and run.missing("features")
-    tokens = score_shards(run, writer, run.writer("features") if shared else None)
-    return Work({"shared_pass_with_features": shared}, tokens)
+    if not with_features:
+        return Work({"shared_pass_with_features": False}, score_shards(run, writer, None))
+    with run.writer_beside("features") as beside:
+        tokens = score_shards(run, writer, beside)
+        return Work({"shared_pass_with_features": beside is not None}, tokens)

@@ -4,9 +4,12 @@
 otherwise compute what is missing of it, commit it, and say what happened.
 """
 
+import datetime as dt
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,9 +19,15 @@ from fpo_core.models.load import model_folder
 from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe, load_recipe
 from fpo_core.sae.source import sae_folder
+from storage.artifact import Artifact
+from storage.backend import Hold
+from storage.errors import StoreError
+from storage.location import open_store, store_url
+from storage.manifest import Made
 from storage.provenance import provenance
-from storage.store import Artifact, ArtifactWriter, Store, open_store
-from tasks.plan import Plan, StagePlan, make_plan, selected_stages
+from storage.store import Store
+from storage.writer import ArtifactWriter
+from tasks.plan import SCHEMA_VERSIONS, Plan, StagePlan, make_plan, selected_stages
 
 log = logging.getLogger("fpo.stage")
 
@@ -80,14 +89,24 @@ class PipelineRun:
             self.store.state(planned.artifact, planned.version) != "complete"
         )
 
-    def writer(self, stage: str) -> ArtifactWriter:
+    def _writer(self, stage: str, hold: Hold) -> ArtifactWriter:
         """A writer for a stage's artifact; the old one is discarded first when forced."""
         planned = self.planned(stage)
         if stage in self._force:
             self.store.discard(planned.artifact, planned.version)
             self._force.discard(stage)
         self._begun.add(stage)
-        return self.store.writer(planned.artifact, planned.version)
+        return self.store.writer(planned.artifact, planned.version, hold)
+
+    @contextmanager
+    def writer_beside(self, stage: str) -> Iterator[ArtifactWriter | None]:
+        """A writer for an artifact that an earlier stage's pass can feed as well.
+
+        None where the artifact is there, or another run is making it just now.
+        """
+        planned = self.planned(stage)
+        with self.store.hold(planned.artifact, planned.version, None) as hold:
+            yield self._writer(stage, hold) if hold and self.missing(stage) else None
 
     def model_path(self) -> Path:
         """The reference model's folder, at the very commit that the versions were made with."""
@@ -122,17 +141,20 @@ class PipelineRun:
         def tell() -> None:
             log.info("%s: another run is making %s, waiting for it", stage, planned.artifact)
 
-        with self.store.writer(planned.artifact, planned.version).only_one(tell):
+        with self.store.hold(planned.artifact, planned.version, tell) as hold:
+            assert hold is not None
             if not self.missing(stage):
                 return None
-            writer = self.writer(stage)
+            writer = self._writer(stage, hold)
             resumed = bool(writer.finished_shards()) and not begun_in_this_run
             started = time.monotonic()
             work = compute(writer)
             seconds = time.monotonic() - started
             artifact = writer.commit(
-                inputs=planned.inputs, recipe=planned.recipe, stats=work.stats,
-                seconds=seconds, provenance=provenance(),
+                Made(
+                    SCHEMA_VERSIONS[stage], planned.recipe, planned.inputs, work.stats, seconds,
+                    provenance(),
+                )
             )  # fmt: skip
         rate = work.tokens / max(seconds, 1e-9)
         return _outcome(planned, artifact, "resumed" if resumed else "computed", seconds, rate)
@@ -141,13 +163,48 @@ class PipelineRun:
         """What became of the stages, when all are done already; else None, and nothing happened."""
         if any(self.missing(stage) for stage in stages):
             return None
-        return {stage: self.bring_about(stage, _never) for stage in stages}
+        with self.recorded(stages):
+            return {stage: self.bring_about(stage, _never) for stage in stages}
+
+    @contextmanager
+    def recorded(self, stages: Sequence[str]) -> Iterator[None]:
+        """Record this run in the store, first as running, then with what became of it.
+
+        Written before the run looks for what it can reuse, so that `fpo store gc` keeps that.
+        """
+        started = dt.datetime.now(dt.UTC)
+        run_id = f"{started:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
+        record = {
+            "run": run_id,
+            "started": started.isoformat(timespec="seconds"),
+            "state": "running",
+            "recipe": self.recipe.name,
+            "settings": self.recipe.model_dump(mode="json", exclude_unset=True),
+            "stages": list(stages),
+            "artifacts": {
+                stage: f"{planned.artifact}/{planned.version}"
+                for stage, planned in self.plan.stages.items()
+            },
+            "provenance": provenance(),
+        }
+        self.store.put_run(run_id, record)
+        state = "failed"
+        try:
+            yield
+            state = "complete"
+        except KeyboardInterrupt:
+            state = "interrupted"
+            raise
+        finally:
+            ended = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+            with suppress(StoreError):  # the error that ended the run is the one to tell
+                self.store.put_run(run_id, {**record, "state": state, "ended": ended})
 
 
 def prepare_run(
     recipe: str,
     overrides: Sequence[str],
-    store: str,
+    store: str | None,
     *,
     first: str | None = None,
     only: str | None = None,
@@ -158,7 +215,7 @@ def prepare_run(
     Args:
         recipe: a shipped recipe's name, or the path of a YAML file.
         overrides: ``key.path=value`` settings.
-        store: the store's URL.
+        store: the store's URL; ``FPO_STORE``'s or the recipe's where it is None.
         first: bring about this stage and the later ones.
         only: bring about this stage alone.
         force: compute the selected stages again.
@@ -171,7 +228,7 @@ def prepare_run(
         StoreError: a store that cannot be opened or written.
     """
     settings = load_recipe(recipe, overrides)
-    artifacts = open_store(store)
+    artifacts = recipe_store(settings, store)
     artifacts.check_writable()
     for source in (*settings.data.train, *settings.data.heldout):
         if hub_dataset(source):
@@ -189,6 +246,12 @@ def prepare_run(
         )
     stages = selected_stages(plan, first, only)
     return PipelineRun(settings, artifacts, plan, frozenset(stages if force else ())), stages
+
+
+def recipe_store(recipe: Recipe, given: str | None) -> Store:
+    """The store that a recipe's runs use, unless the command or ``FPO_STORE`` names another."""
+    place = recipe.store
+    return open_store(store_url(given, place.url), endpoint=place.endpoint, region=place.region)
 
 
 def _never(_writer: ArtifactWriter) -> Work:

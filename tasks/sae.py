@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 
 from fpo_core.models.load import load_model, load_tokenizer, prepare_cpu
 from fpo_core.sae.source import CONFIG_FILE, WEIGHTS_FILE
-from storage.store import ArtifactWriter
+from storage.writer import ArtifactWriter
 from tasks.announce import announce
 from tasks.run import Outcome, PipelineRun, Work
 

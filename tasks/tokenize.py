@@ -23,7 +23,7 @@ from fpo_core.errors import FPOError
 from fpo_core.models.load import load_tokenizer
 from fpo_core.progress import Progress
 from storage.schemas import PAIRS
-from storage.store import ArtifactWriter
+from storage.writer import ArtifactWriter
 from tasks.announce import announce
 from tasks.run import Outcome, PipelineRun, Work
 

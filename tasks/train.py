@@ -13,10 +13,11 @@ from fpo_core.errors import FPOError
 from fpo_core.models.load import load_tokenizer
 from fpo_core.progress import Progress
 from fpo_core.training.job import MODEL_FOLDER, TrainingJob
-from storage.store import Artifact, ArtifactWriter
+from storage.writer import ArtifactWriter
 from tasks.announce import announce
 from tasks.offline import sae_path
 from tasks.run import Outcome, PipelineRun, Work
+from tasks.transfer import bytes_progress, local_shards
 
 log = logging.getLogger("fpo.stage")
 
@@ -44,8 +45,10 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
         run_workers(job, run.recipe.resources.ranks, on_step)
     model = output / MODEL_FOLDER
     load_tokenizer(job.model_folder).save_pretrained(model)
-    for path in sorted(model.iterdir()):
-        writer.put_file(f"model/{path.name}", path)
+    files = sorted(model.iterdir())
+    with bytes_progress("storing the policy", sum(path.stat().st_size for path in files)) as done:
+        for path in files:
+            writer.put_file(f"model/{path.name}", path, done)
     metrics = output / "metrics.parquet"
     pl.DataFrame(records).write_parquet(metrics)
     writer.put_file("metrics.parquet", metrics)
@@ -75,19 +78,14 @@ def training_job(run: PipelineRun, output: Path) -> TrainingJob:
         sae_folder=sae_path(run),
         layer=run.recipe.sae.layer,
         settings=run.recipe.train,
-        pairs=shard_paths(pairs),
-        reference=shard_paths(caches),
-        pooled=shard_paths(features, "pooled"),
+        pairs=local_shards(pairs),
+        reference=local_shards(caches),
+        pooled=local_shards(features, "pooled"),
         reference_dtype=run.recipe.model.dtype,
         tokens_per_batch=run.recipe.resources.tokens_per_batch,
         threads=run.recipe.resources.threads,
         output=output,
     )
-
-
-def shard_paths(artifact: Artifact, table: str = "") -> tuple[Path, ...]:
-    """Local paths of a table's shards, each checked against its checksum."""
-    return tuple(artifact.shard_path(shard, table) for shard in range(artifact.num_shards(table)))
 
 
 def _total_steps(run: PipelineRun) -> int:

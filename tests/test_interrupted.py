@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
-from storage.store import open_store
+from storage.catalog import list_artifacts
+from storage.location import open_store
 from tests.tiny import save_pairs, save_recipe
 
 pytestmark = pytest.mark.slow
@@ -61,7 +62,7 @@ def contents(store: Path) -> dict[str, dict[str, str]]:
     """sha256 of every file of every artifact; the training log holds times, so it is left out."""
     opened = open_store(store)
     found = {}
-    for info in opened.artifacts():
+    for info in list_artifacts(opened):
         assert info.state == "complete", info
         artifact = opened.artifact(info.stage, info.version)
         for file in artifact.manifest["files"]:

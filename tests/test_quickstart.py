@@ -9,7 +9,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from storage.store import open_store
+from storage.catalog import list_artifacts
+from storage.location import open_store
 
 pytestmark = pytest.mark.slow
 FEW = (
@@ -23,7 +24,7 @@ def test_the_quickstart_on_few_pairs(fpo, tmp_path):
     result = fpo("run", "quickstart", *FEW, *where)
     assert result.code == 0, result.err
     store = open_store(tmp_path / "store")
-    found = {info.stage: store.artifact(info.stage, info.version) for info in store.artifacts()}
+    found = {info.stage: store.artifact(info.stage, info.version) for info in list_artifacts(store)}
     steps = pl.read_parquet(found["policy"].path("metrics.parquet"))
     # The invariant, on a real model and real caches: u = 0, D = 0 and loss = log 2.
     assert steps["loss"][0] == pytest.approx(0.693147, abs=1e-5)

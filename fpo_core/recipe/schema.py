@@ -168,6 +168,19 @@ class ResourceSettings(Settings):
     ranks: Count = Field(default=1, description="training worker processes")
 
 
+class StoreSettings(Settings):
+    """Where artifacts are kept; what is left out comes from the environment."""
+
+    url: str | None = Field(
+        default=None,
+        description="a folder or s3://bucket/prefix; --store and FPO_STORE come before it",
+    )
+    endpoint: str | None = Field(
+        default=None, description="address of an S3 service other than AWS; AWS_ENDPOINT_URL"
+    )
+    region: str | None = Field(default=None, description="S3 region; AWS_REGION")
+
+
 class Recipe(Settings):
     """Everything one pipeline run needs to know."""
 
@@ -180,6 +193,7 @@ class Recipe(Settings):
     train: TrainSettings = TrainSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     resources: ResourceSettings = ResourceSettings()
+    store: StoreSettings = StoreSettings()
 
     @model_validator(mode="after")
     def _top_k_is_cached(self) -> "Recipe":

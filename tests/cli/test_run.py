@@ -7,7 +7,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from storage.store import open_store
+from storage.catalog import list_artifacts
+from storage.location import open_store
 from tests.tiny import save_model, save_recipe, save_sae
 
 ARTIFACTS = ("pairs", "reference", "features", "policy", "evaluation")
@@ -25,7 +26,7 @@ def manifests(store: Path) -> dict[str, dict]:
     opened = open_store(store)
     return {
         f"{info.stage}/{info.version}": dict(opened.artifact(info.stage, info.version).manifest)
-        for info in opened.artifacts()
+        for info in list_artifacts(opened)
     }
 
 
@@ -53,7 +54,7 @@ def test_manifests_name_no_path_of_this_machine(finished_run):
 
 def test_the_first_step_is_at_log_2_and_held_out_metrics_are_stored(finished_run):
     store = open_store(finished_run.store)
-    found = {info.stage: info.version for info in store.artifacts()}
+    found = {info.stage: info.version for info in list_artifacts(store)}
     steps = pl.read_parquet(store.artifact("policy", found["policy"]).path("metrics.parquet"))
     assert steps["loss"][0] == pytest.approx(0.693147, abs=1e-5)
     assert steps["discrepancy_chosen"][0] < 1e-9
@@ -128,8 +129,13 @@ def test_a_damaged_cache_is_named_and_the_remedy_works(fpo, copied):
     result = run(fpo, copied.recipe, copied.store, "--set", "train.seed=1")
     assert result.code == 1
     assert f"{name} is damaged: pooled/00001.parquet: it has" in result.err
-    assert "--only features --force" in result.err
-    assert run(fpo, copied.recipe, copied.store, "--only", "features", "--force").code == 0
+    assert f"`fpo store repair {name}` computes again what is damaged" in result.err
+    before = manifests(copied.store)[name]
+    repaired = fpo("store", "repair", name, "--store", copied.store)
+    assert repaired.code == 0, repaired.err
+    assert f"{name}: pooled/00001.parquet computed again, as before" in repaired.out
+    assert manifests(copied.store)[name]["files"] == before["files"]
+    assert run(fpo, copied.recipe, copied.store, "--set", "train.seed=1").code == 0
 
 
 # ---- bad input: each is one sentence on stderr, with what to do, and exit code 1 (2: wrong usage)
@@ -219,7 +225,7 @@ def test_bad_input_is_answered_in_words(fpo, tmp_path, case):
     for message in messages:
         assert message in result.err
     # Nothing half-written reads as whole.
-    assert all(info.state == "complete" for info in open_store(tmp_path / "store").artifacts())
+    assert all(info.state == "complete" for info in list_artifacts(open_store(tmp_path / "store")))
 
 
 def test_single_bad_pairs_are_told_and_left_out(fpo, tmp_path):
@@ -233,7 +239,7 @@ def test_single_bad_pairs_are_told_and_left_out(fpo, tmp_path):
     assert "1 pair dropped: chosen and rejected are the same" in result.err
     assert "train.jsonl, line 13" in result.err
     store = open_store(tmp_path / "store")
-    (info,) = store.artifacts()
+    (info,) = list_artifacts(store)
     listed = store.artifact("pairs", info.version).path("dropped.jsonl").read_text().splitlines()
     assert [json.loads(line)["reason"] for line in listed] == ["identical", "prompt_too_long"]
 

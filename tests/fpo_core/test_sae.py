@@ -112,7 +112,8 @@ def test_the_sae_stage_trains_one_that_beats_its_start(fpo, tmp_path):
     """On a tiny random model: collected activations, sae-lens' trainer, quality, an artifact."""
     import yaml
 
-    from storage.store import open_store
+    from storage.catalog import list_artifacts
+    from storage.location import open_store
     from tests.tiny import save_recipe
 
     text = tmp_path / "text.jsonl"
@@ -137,7 +138,7 @@ def test_the_sae_stage_trains_one_that_beats_its_start(fpo, tmp_path):
     result = fpo("run", path, "--store", tmp_path / "store", "--only", "sae")
     assert result.code == 0, result.err
     store = open_store(tmp_path / "store")
-    (info,) = store.artifacts()
+    (info,) = list_artifacts(store)
     folder = store.artifact("sae", info.version).folder("sae")
     quality = json.loads((folder / "quality.json").read_text())
     assert quality["explained_variance"] > 0.5

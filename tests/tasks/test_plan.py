@@ -8,7 +8,7 @@ import yaml
 
 from fpo_core.errors import FPOError, UsageError
 from fpo_core.recipe import load_recipe
-from storage.store import open_store
+from storage.location import open_store
 from tasks.plan import STAGES, Plan, make_plan, selected_stages
 from tests.tiny import save_recipe
 
