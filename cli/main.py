@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Heavy libraries ar
 the commands, so that ``--help`` is quick.
 """
 
+import errno
 import logging
 import os
 import sys
@@ -194,6 +195,11 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(error, FAILED)
     except PermissionError as error:
         _fail(FPOError(f"{error.filename}: no permission ({error.strerror})"), FAILED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or "the disk of the store's scratch folder or of FPO_CACHE"
+        _fail(FPOError(f"{where}: no space left. What was finished is kept"), FAILED)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
             error.show()  # pyright: ignore[reportAttributeAccessIssue]

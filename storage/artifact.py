@@ -1,7 +1,7 @@
 """A finished artifact: its files are checked against the manifest when they are first used."""
 
+import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,11 +9,12 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.backend import Backend, BytesDone, FileRecord, not_shown
+from storage.backend import Backend, BytesDone, FileRecord, in_parallel, not_shown
 from storage.errors import ArtifactCorrupt, FileDamaged, StoreError
 from storage.manifest import Manifest, file_records
 
-PARALLEL_FILES = 4
+# Each is one stream, hashed as it comes: a core's work.
+PARALLEL_FILES = max(2, min(8, os.cpu_count() or 2))
 
 
 def artifact_key(stage: str, version: str) -> str:
@@ -86,8 +87,9 @@ class Artifact:
 
     def paths(self, files: Sequence[str], on_bytes: BytesDone = not_shown) -> list[Path]:
         """The same for several files, some of them at a time."""
-        with ThreadPoolExecutor(PARALLEL_FILES) as pool:
-            return list(pool.map(lambda file: self.path(file, on_bytes), files))
+        return in_parallel(
+            self._backend, lambda file: self.path(file, on_bytes), files, PARALLEL_FILES
+        )
 
     def num_shards(self, table: str = "") -> int:
         """Number of shards of a table."""

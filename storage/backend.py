@@ -6,12 +6,15 @@ Small enough for a folder and for any S3 service: ``create`` is a put with If-No
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from storage.errors import StoreError
 
+A = TypeVar("A")
+B = TypeVar("B")
 _BAD = re.compile(r"[\x00-\x1f\x7f\\]")
 BytesDone = Callable[[int], None]
 
@@ -35,6 +38,16 @@ class FileRecord(NamedTuple):
     sha256: str  # hex
 
 
+def in_parallel(
+    backend: "Backend", call: Callable[[A], B], items: Iterable[A], most: int = 1000
+) -> list[B]:
+    """Call for each item, as many at a time as suits the backend and ``most``; results in order."""
+    if backend.parallel_reads == 1:
+        return [call(item) for item in items]
+    with ThreadPoolExecutor(min(backend.parallel_reads, most)) as pool:
+        return list(pool.map(call, items))
+
+
 class Hold(Protocol):
     """The exclusive right to write something, while its context is open."""
 
@@ -47,6 +60,7 @@ class Backend(Protocol):
     """Keys are relative paths with ``/``; every operation checks them before any I/O."""
 
     scratch: Path  # a local folder for work in progress
+    parallel_reads: int  # small objects worth reading at a time
 
     def read(self, key: str) -> bytes:
         """A small object's bytes; KeyError when it is not there."""

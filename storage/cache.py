@@ -5,20 +5,22 @@
     <folder>/incoming/<id>-<n>          downloads under way
     <folder>/views/<id>/...             folders of symbolic links, such as a model's
 
-A file that a living process was given a path to is never dropped; a limit that is smaller than
+A file that a living process has a path to is never dropped; a limit that is smaller than
 what is in use at once is exceeded until it is not any more.
 """
 
-import atexit
 import fcntl
 import itertools
 import os
 import re
 import shutil
+import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from storage.backend import FileRecord
 from storage.errors import StoreError
@@ -59,7 +61,8 @@ class ReadCache:
         self.root, self.limit = folder, limit
         self._id = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self._counter = itertools.count()
-        self._pins: int | None = None
+        self._one_thread = threading.Lock()
+        self._pins: IO[bytes] | None = None
         self._checked: set[str] = set()
 
     def get(self, record: FileRecord, download: Callable[[Path], None]) -> Path:
@@ -70,7 +73,7 @@ class ReadCache:
             download: writes a file, verified, to the path it is given; called when needed.
 
         Returns:
-            A path that stays valid for the life of this process.
+            A path that stays valid for the life of this object.
         """
         path = self._object(record.sha256)
         if record.sha256 in self._checked and path.is_file():
@@ -87,7 +90,7 @@ class ReadCache:
         return path
 
     def view(self, name: str, files: Mapping[str, Path]) -> Path:
-        """A folder with links to cached files under other names, for the life of this process."""
+        """A folder with links to cached files under other names, for the life of this object."""
         folder = self.root / "views" / self._id / name
         with self._in_words():
             for inner, target in files.items():
@@ -113,39 +116,36 @@ class ReadCache:
 
     def _pin(self, sha256: str) -> None:
         """Note a file as in use. Not while somebody chooses what to drop: he reads the notes."""
-        with self._choosing(fcntl.LOCK_SH):
+        with self._choosing(fcntl.LOCK_SH), self._one_thread:
             if self._pins is None:
                 path = self.root / "pins" / self._id
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._pins = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                self._pins = path.open("ab", buffering=0)
                 fcntl.flock(self._pins, fcntl.LOCK_EX)
-                atexit.register(self._tidy, path)
-            os.write(self._pins, f"{sha256}\n".encode())
-
-    def _tidy(self, pins: Path) -> None:
-        pins.unlink(missing_ok=True)
-        shutil.rmtree(self.root / "views" / self._id, ignore_errors=True)
+                view = self.root / "views" / self._id
+                weakref.finalize(self, _tidy, self._pins, path, view)
+            self._pins.write(f"{sha256}\n".encode())
 
     def _evict(self, *, making_room_for: int) -> None:
         with self._choosing(fcntl.LOCK_EX):
             pinned = self._pinned()
-            found = [(p.stat(), p) for p in self.root.glob("files/??/*")]
-            total = sum(stat.st_size for stat, _ in found) + making_room_for
-            for stat, path in sorted(found, key=lambda item: item[0].st_mtime):
+            found = _by_age(self.root.glob("files/??/*"))
+            total = sum(size for _, size, _ in found) + making_room_for
+            for _, size, path in found:
                 if total <= self.limit:
                     break
                 if path.name not in pinned:
-                    path.unlink()
-                    total -= stat.st_size
+                    path.unlink(missing_ok=True)
+                    total -= size
 
     def _pinned(self) -> set[str]:
         """What living processes use; what dead ones left is removed."""
         living = {self._id}
         pinned: set[str] = set()
         for path in self.root.glob("pins/*"):
-            with path.open("rb") as stream:
+            with suppress(FileNotFoundError), path.open("rb") as stream:  # its process may just end
                 if path.name != self._id and _is_free(stream.fileno()):
-                    path.unlink(missing_ok=True)
+                    path.unlink()
                     continue
                 living.add(path.name)
                 pinned.update(stream.read().decode().split())
@@ -169,8 +169,23 @@ class ReadCache:
         try:
             yield
         except OSError as error:
-            told = str(explained(error, f"the read cache {str(self.root)!r}"))
-            raise StoreError(told.replace("--store or FPO_STORE", "FPO_CACHE")) from error
+            raise explained(error, f"the read cache {str(self.root)!r}", "FPO_CACHE") from error
+
+
+def _by_age(paths: Iterable[Path]) -> list[tuple[float, int, Path]]:
+    """Time of last use, size and path of files, the oldest first."""
+    found = []
+    for path in paths:
+        with suppress(FileNotFoundError):  # damaged, and just removed by who found it so
+            stat = path.stat()
+            found.append((stat.st_mtime, stat.st_size, path))
+    return sorted(found)
+
+
+def _tidy(pins: IO[bytes], path: Path, view: Path) -> None:
+    path.unlink(missing_ok=True)
+    pins.close()
+    shutil.rmtree(view, ignore_errors=True)
 
 
 def _is_free(descriptor: int) -> bool:

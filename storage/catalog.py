@@ -1,15 +1,12 @@
 """What is in a store: one line an artifact, finished or not."""
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
-from storage.backend import Entry
+from storage.backend import Entry, in_parallel
 from storage.errors import ArtifactCorrupt, ArtifactMissing, StoreError
 from storage.manifest import MANIFEST, Manifest, file_records
 from storage.store import Store
-
-PARALLEL_READS = 16
 
 
 class ArtifactInfo(NamedTuple):
@@ -51,8 +48,7 @@ def list_artifacts(store: Store) -> list[ArtifactInfo]:
         (stage, version), inside = found
         return _info(store, stage, version, inside, tuple(sorted(refs.get(found[0], ()))))
 
-    with ThreadPoolExecutor(PARALLEL_READS) as pool:
-        return list(pool.map(info, files.items()))
+    return in_parallel(store.backend, info, files.items())
 
 
 def _info(

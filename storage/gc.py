@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from storage.catalog import ArtifactInfo, list_artifacts
+from storage.errors import StoreError
 from storage.lineage import reachable
 from storage.store import Store
 
@@ -41,6 +42,9 @@ def find_garbage(
         store: the store.
         keep_runs_days: artifacts of runs that started so many days ago or later are kept.
         grace_hours: what was written so many hours ago or later is kept.
+
+    Raises:
+        StoreError: a needed artifact is damaged, so that what it was made from is not known.
     """
     infos = list_artifacts(store)
     runs = store.runs()
@@ -48,6 +52,12 @@ def find_garbage(
     recent = {run_id: run for run_id, run in runs.items() if _started(run) >= recent_from}
     by_ref = {f"{ref.stage}/{ref.version}" for ref in store.refs() if ref.version}
     needed = reachable(by_ref | _used(recent), infos)
+    for info in infos:
+        if info.name in needed and info.state == "corrupt" and info.inputs is None:
+            raise StoreError(
+                f"{info.reason}. It is needed, and what it was made from cannot be read, so "
+                f"nothing is removed; `fpo store repair {info.name}` first"
+            )
     young = time.time() - 3600 * grace_hours
     unneeded = [info for info in infos if info.name not in needed]
     old = tuple(info for info in unneeded if info.modified <= young)
@@ -59,15 +69,22 @@ def find_garbage(
 def remove_garbage(
     store: Store, *, keep_runs_days: float = KEEP_RUNS_DAYS, grace_hours: float = GRACE_HOURS
 ) -> Garbage:
-    """Remove it; returns what went."""
+    """Remove it; returns what went.
+
+    Raises:
+        StoreError: as ``find_garbage`` does.
+    """
     known = set(store.runs())
-    found = find_garbage(store, keep_runs_days=keep_runs_days, grace_hours=grace_hours)
+    limits = {"keep_runs_days": keep_runs_days, "grace_hours": grace_hours}
+    found = find_garbage(store, **limits)
+    # A listing has no checksum: what is to go has to be seen twice.
+    twice = {info.name for info in find_garbage(store, **limits).artifacts}
     gone, chosen_since = [], set()
     for info in found.artifacts:
         started = store.runs(but=known)  # since we looked: they may be about to reuse it
         known |= set(started)
         chosen_since |= _used(started)
-        if info.name in chosen_since:
+        if info.name in chosen_since or info.name not in twice:
             continue
         with store.hold(info.stage, info.version, None) as hold:
             if hold is None:

@@ -26,6 +26,8 @@ class LocalBackend:
         root: the folder; made on the first write.
     """
 
+    parallel_reads = 1  # more threads would wait for each other, not for the disk
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self.scratch = root / "scratch"
@@ -204,20 +206,21 @@ def file_damage(path: Path, record: FileRecord) -> str | None:
     return None
 
 
-def explained(error: OSError, place: str) -> StoreError:
+def explained(error: OSError, place: str, setting: str = "--store or FPO_STORE") -> StoreError:
     """An operating system's refusal to write, in words.
 
     Args:
         error: what it said.
         place: what was written to, such as ``the store '/data/fpo'``.
+        setting: what to set to write elsewhere.
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreUnwritable(
-            f"no space left for {place}; free some, or choose another place with --store or "
-            f"FPO_STORE. What was finished is kept"
+            f"no space left for {place}; free some, or choose another place with {setting}. "
+            f"What was finished is kept"
         )
     return StoreUnwritable(
-        f"{place} cannot be written ({error.strerror}); choose another with --store or FPO_STORE"
+        f"{place} cannot be written ({error.strerror}); choose another with {setting}"
     )
 
 

@@ -66,8 +66,13 @@ def make_manifest(
 
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest with its ``seal``: sha256 over the canonical JSON of all the rest."""
-    rest = json.loads(json_bytes({k: v for k, v in manifest.items() if k != "seal"}))
-    return {**rest, "seal": hashlib.sha256(canonical_json(rest)).hexdigest()}
+    rest = json.loads(json_bytes(manifest))  # what reading it back will give
+    return {**rest, "seal": _seal(rest)}
+
+
+def _seal(manifest: Manifest) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "seal"}
+    return hashlib.sha256(canonical_json(rest)).hexdigest()
 
 
 def read_manifest(data: bytes, stage: str, version: str) -> Manifest:
@@ -94,7 +99,7 @@ def read_manifest(data: bytes, stage: str, version: str) -> Manifest:
         )
     if (manifest.get("stage"), manifest.get("version")) != (stage, version):
         raise corrupt("is that of another artifact")
-    if sealed(manifest)["seal"] != manifest.get("seal"):
+    if _seal(manifest) != manifest.get("seal"):
         raise corrupt("was changed after it was written")
     return manifest
 

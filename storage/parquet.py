@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 
 from storage.errors import StoreError
 
+# As measured: benchmarks/RESULTS.md, "Parquet shards".
 COMPRESSION_LEVEL = 3
+ROW_GROUP_ROWS = 32_768  # a reader on S3 fetches only the groups that hold what it looks for
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -27,6 +29,7 @@ def write_parquet(table: pa.Table, sink: Path | IO[bytes]) -> None:
         (floats if pa.types.is_floating(kind) else others).append(path)
     pq.write_table(
         table, sink, compression="zstd", compression_level=COMPRESSION_LEVEL,
+        row_group_size=ROW_GROUP_ROWS,
         use_dictionary=others, use_byte_stream_split=floats, write_page_index=True,
     )  # fmt: skip
 

@@ -11,10 +11,9 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import tenacity
-from boto3.exceptions import RetriesExceededError
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import (
     ClientError,
@@ -23,7 +22,6 @@ from botocore.exceptions import (
     ReadTimeoutError,
     ResponseStreamingError,
 )
-from botocore.parsers import ResponseParserError
 
 from storage.backend import BytesDone, Entry, FileRecord, Hold, check_key, check_prefix, not_shown
 from storage.cache import ReadCache
@@ -34,6 +32,7 @@ from storage.s3_client import S3Options, backoff, make_client
 from storage.s3_errors import (
     BrokenAnswerError,
     code_of,
+    is_broken,
     is_missing,
     is_refused_precondition,
     told_in_words,
@@ -43,6 +42,7 @@ T = TypeVar("T")
 PART_BYTES = 16 << 20
 PARALLEL_PARTS = 8
 _BLOCK = 1 << 20
+_ONE_STREAM_BYTES = 128 << 20
 _DELETE_BATCH = 1000
 _ATTEMPTS = 8
 _MARK = "fpo-write"  # metadata of conditional writes, by which the writer knows its own
@@ -65,6 +65,8 @@ class S3Backend:
         cache: local copies of files.
         scratch: a local folder for work in progress.
     """
+
+    parallel_reads = 16
 
     def __init__(
         self, bucket: str, prefix: str, options: S3Options, cache: ReadCache, scratch: Path
@@ -175,9 +177,11 @@ class S3Backend:
         name = self._key(key)
         record = _record(path)
         with self._in_words():
-            self._client.upload_file(
-                str(path), self.bucket, name, ExtraArgs={"ChecksumAlgorithm": "SHA256"},
-                Config=self._transfer, Callback=on_bytes,
+            _again(
+                lambda: self._client.upload_file(
+                    str(path), self.bucket, name, ExtraArgs={"ChecksumAlgorithm": "SHA256"},
+                    Config=self._transfer, Callback=on_bytes,
+                )
             )  # fmt: skip
             self._confirm(key, name, record)
         path.unlink()
@@ -223,6 +227,9 @@ class S3Backend:
     def _download_once(
         self, name: str, record: FileRecord, target: Path, on_bytes: BytesDone
     ) -> str | None:  # fmt: skip
+        if record.bytes <= _ONE_STREAM_BYTES:  # several such files are read at a time
+            with target.open("wb") as sink:
+                return self._stream(name, record, sink, on_bytes)
         self._client.download_file(
             self.bucket, name, str(target), Config=self._transfer, Callback=on_bytes
         )
@@ -237,7 +244,7 @@ class S3Backend:
         name = self._key(key)
         with self._in_words():
             try:
-                _settled(lambda: self._stream_damage(name, record))
+                _settled(lambda: self._stream(name, record))
             except FileDamaged as error:
                 return str(error)
             except ClientError as error:
@@ -246,13 +253,23 @@ class S3Backend:
                 raise
         return None
 
-    def _stream_damage(self, name: str, record: FileRecord) -> str | None:
+    def _stream(
+        self,
+        name: str,
+        record: FileRecord,
+        sink: IO[bytes] | None = None,
+        on_bytes: BytesDone = not_shown,
+    ) -> str | None:
+        """Read an object once, writing and hashing as it comes; why it is wrong, or None."""
         answer = self._client.get_object(Bucket=self.bucket, Key=name)
         if answer["ContentLength"] != record.bytes:
             return f"it has {answer['ContentLength']} bytes, written were {record.bytes}"
         digest = hashlib.sha256()
         for block in _blocks(answer):
             digest.update(block)
+            if sink is not None:
+                sink.write(block)
+            on_bytes(len(block))
         found = digest.hexdigest()
         if found != record.sha256:
             return f"its sha256 is {found[:12]}..., written was {record.sha256[:12]}..."
@@ -313,15 +330,33 @@ class S3Backend:
         before = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=older_than)
         full, removed = self._prefix + check_prefix(prefix), 0
         with self._in_words():
-            pages = self._client.get_paginator("list_multipart_uploads")
-            for page in pages.paginate(Bucket=self.bucket, Prefix=full):
-                for upload in page.get("Uploads", ()):
-                    if upload["Initiated"] <= before:
-                        self._client.abort_multipart_upload(
-                            Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-                        )
-                        removed += 1
+            # Until none is left, as a listing that is damaged on its way is not noticed.
+            for _ in range(_ATTEMPTS):
+                uploads = [upload for upload in self._uploads(full) if upload[2] <= before]
+                if not uploads:
+                    break
+                removed += sum(self._abort(name, upload_id) for name, upload_id, _ in uploads)
         return removed
+
+    def _uploads(self, prefix: str) -> list[tuple[str, str, dt.datetime]]:
+        """Name, id and begin of unfinished uploads."""
+        pages = self._client.get_paginator("list_multipart_uploads")
+        return _again(
+            lambda: [
+                (upload["Key"], upload["UploadId"], upload["Initiated"])
+                for page in pages.paginate(Bucket=self.bucket, Prefix=prefix)
+                for upload in page.get("Uploads", ())
+            ]
+        )
+
+    def _abort(self, name: str, upload_id: str) -> bool:
+        try:
+            self._client.abort_multipart_upload(Bucket=self.bucket, Key=name, UploadId=upload_id)
+        except ClientError as error:
+            if code_of(error) == "NoSuchUpload":
+                return False  # somebody else was first
+            raise
+        return True
 
 
 def _blocks(answer: Mapping[str, Any]) -> Iterator[bytes]:
@@ -334,9 +369,7 @@ def _blocks(answer: Mapping[str, Any]) -> Iterator[bytes]:
 def _again(call: Callable[[], T]) -> T:
     """Call until an answer arrives whole; what the service refuses is not asked again."""
     return tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(
-            (BrokenAnswerError, RetriesExceededError, ResponseParserError)
-        ),
+        retry=tenacity.retry_if_exception(is_broken),
         stop=tenacity.stop_after_attempt(_ATTEMPTS),
         wait=lambda state: backoff(state.attempt_number),
         reraise=True,

@@ -1,10 +1,11 @@
 """The boto3 client: retries, checksums, where the service is.
 
 botocore's ``standard`` mode retries what is transient (5xx, throttling, connections, timeouts) with
-exponential backoff and full jitter, and nothing else. Two small hooks add what it lacks: bytes that
-were damaged on the way to the store are sent again, and every body carries its sha256 in a header,
-which the service verifies. The header is ours because botocore's own checksums travel as a trailer,
-which some S3 services store as part of the object (boto3 issue 4435).
+exponential backoff and full jitter, and nothing else. Two small hooks add what it lacks: bytes
+that were damaged on the way to the store and answers that broke off are tried again, and every body
+carries its sha256 in a header, which the service verifies. The header is ours because botocore's
+own checksums travel as a trailer, which some S3 services store as part of the object (boto3 issue
+4435).
 """
 
 import base64
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 from boto3.session import Session
 from botocore.config import Config
+from botocore.exceptions import ProfileNotFound
+from urllib3.exceptions import HTTPError as BrokenOffError
 
 from storage.errors import StoreError
 
@@ -44,7 +47,13 @@ def make_client(options: S3Options) -> Any:
     Raises:
         StoreError: an endpoint that is not an http(s) address, or that holds credentials.
     """
-    session = Session()
+    try:
+        session = Session()
+    except ProfileNotFound:
+        raise StoreError(
+            "the AWS profile that AWS_PROFILE names is not in the AWS configuration; correct it, "
+            "or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from None
     region = options.region or os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
     endpoint = options.endpoint or _endpoint_of_environment()
     if endpoint and ("@" in endpoint or not endpoint.startswith(("http://", "https://"))):
@@ -53,7 +62,7 @@ def make_client(options: S3Options) -> Any:
             "credentials belong in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
     config = Config(
-        retries={"mode": "standard", "max_attempts": options.max_attempts},
+        retries={"mode": "standard", "total_max_attempts": options.max_attempts},
         connect_timeout=10,
         read_timeout=options.read_timeout,
         max_pool_connections=32,
@@ -66,7 +75,7 @@ def make_client(options: S3Options) -> Any:
     events = client.meta.events
     for operation in ("PutObject", "UploadPart"):
         events.register(f"before-parameter-build.s3.{operation}", _add_sha256)
-        events.register(f"needs-retry.s3.{operation}", _Resend(options.max_attempts))
+    events.register("needs-retry.s3", _Resend(options.max_attempts))
     return client
 
 
@@ -96,12 +105,13 @@ class _Resend:
     def __init__(self, max_attempts: int) -> None:
         self.max_attempts = max_attempts
 
-    def __call__(self, response: Any, attempts: int, **_: Any) -> float | None:
-        if response is None or attempts >= self.max_attempts:
-            return None
-        if response[1].get("Error", {}).get("Code") not in DAMAGED_ON_THE_WAY:
-            return None
-        return backoff(attempts)
+    def __call__(
+        self, response: Any, attempts: int, caught_exception: Exception | None = None, **_: Any
+    ) -> float | None:
+        code = response[1].get("Error", {}).get("Code") if response else None
+        # botocore lets urllib3's errors through when the body of an answer breaks off.
+        again = code in DAMAGED_ON_THE_WAY or isinstance(caught_exception, BrokenOffError)
+        return backoff(attempts) if again and attempts < self.max_attempts else None
 
 
 def backoff(attempts: int) -> float:

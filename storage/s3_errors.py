@@ -11,6 +11,7 @@ from boto3.exceptions import RetriesExceededError, S3UploadFailedError
 from botocore import exceptions as aws
 from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError as BrokenOffError
 
 from storage.errors import StoreError, StoreUnwritable
 
@@ -27,8 +28,8 @@ _REGION = {
     "301", "307", "TemporaryRedirect",
 }  # fmt: skip
 _CLOCK = {"RequestTimeTooSkewed", "RequestExpired"}
-_NO_KEY = {"NoSuchKey", "404", "NotFound"}
-_PRECONDITION = {"PreconditionFailed", "412"}
+# Of an upload whose parts the service does not know as we do: a fresh one works.
+_LOST_UPLOAD = {"NoSuchUpload", "InvalidPart", "InvalidPartOrder", "MalformedXML"}
 _FULL = {
     "InsufficientCapacity",
     "QuotaExceeded",
@@ -45,12 +46,33 @@ def code_of(error: ClientError) -> str:
 
 def is_missing(error: ClientError) -> bool:
     """Whether the object is not there (the bucket is)."""
-    return code_of(error) in _NO_KEY
+    return _status(error) == 404 and code_of(error) not in ("NoSuchBucket", "NoSuchUpload")
 
 
 def is_refused_precondition(error: ClientError) -> bool:
     """Whether If-Match or If-None-Match did not hold."""
-    return code_of(error) in _PRECONDITION
+    return _status(error) == 412
+
+
+def _status(error: ClientError) -> int:
+    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+
+
+def is_broken(error: BaseException) -> bool:
+    """Whether an answer did not arrive whole, or an upload's state was lost on the way."""
+    cause = _cause(error)
+    if isinstance(cause, ClientError):
+        return code_of(cause) in _LOST_UPLOAD
+    return isinstance(
+        cause, (BrokenAnswerError, BrokenOffError, RetriesExceededError, ResponseParserError)
+    )
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What boto3's transfer manager wrapped."""
+    if isinstance(error, S3UploadFailedError) and error.__context__ is not None:
+        return error.__context__
+    return error
 
 
 class BrokenAnswerError(Exception):
@@ -68,7 +90,7 @@ def told_in_words(bucket: str, endpoint: str) -> Iterator[None]:
         raise explain_refusal(error, bucket, endpoint) from None
     except (
         aws.BotoCoreError, ResponseParserError, S3UploadFailedError, RetriesExceededError,
-        ConnectionError, TimeoutError, BrokenAnswerError,
+        ConnectionError, TimeoutError, BrokenAnswerError, BrokenOffError,
     ) as error:  # fmt: skip
         raise explain_failure(error, bucket, endpoint) from None
 
@@ -100,7 +122,12 @@ def explain_refusal(error: ClientError, bucket: str, endpoint: str) -> StoreErro
         )
     if code in _FULL:
         return StoreUnwritable(f"{where}: no space left there ({code}); free some, or use another")
-    if code in ("SlowDown", "ServiceUnavailable", "InternalError", "500", "502", "503", "504"):
+    if code in ("500", "502", "503", "504"):  # no error document of S3's
+        return StoreError(
+            f"{where}: what answers there keeps failing ({code}), or does not speak S3; check the "
+            f"endpoint, and run the same command again later, what was finished is kept"
+        )
+    if code in ("SlowDown", "ServiceUnavailable", "InternalError"):
         return StoreError(
             f"{where}: the service keeps failing ({code}) after many attempts; run the same "
             f"command again later, what was finished is kept"
@@ -110,18 +137,16 @@ def explain_refusal(error: ClientError, bucket: str, endpoint: str) -> StoreErro
 
 def explain_failure(error: Exception, bucket: str, endpoint: str) -> StoreError:
     """What did not work before or between the service's answers, and what to do."""
-    cause: BaseException = error
-    if isinstance(error, RetriesExceededError) and error.last_exception is not None:
-        cause = error.last_exception
-    if isinstance(error, S3UploadFailedError) and error.__context__ is not None:
-        cause = error.__context__
+    cause = _cause(error)
+    if isinstance(cause, RetriesExceededError) and cause.last_exception is not None:
+        cause = cause.last_exception
     if isinstance(cause, ClientError):
         return explain_refusal(cause, bucket, endpoint)
     where = f"bucket {bucket!r} at {endpoint}"
     if isinstance(cause, (aws.NoCredentialsError, aws.PartialCredentialsError)):
         return StoreError(f"{where}: no credentials found; {_CREDENTIALS}")
-    if isinstance(cause, (aws.ProfileNotFound, aws.CredentialRetrievalError)):
-        return StoreError(f"{where}: the AWS profile cannot be used; {_CREDENTIALS}")
+    if isinstance(cause, aws.CredentialRetrievalError):
+        return StoreError(f"{where}: the credentials could not be fetched; {_CREDENTIALS}")
     if isinstance(cause, aws.ParamValidationError):
         return StoreError(f"{where}: this is no bucket name or key that S3 allows")
     if isinstance(cause, aws.SSLError):

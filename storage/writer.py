@@ -4,7 +4,6 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,13 +12,18 @@ import pyarrow.parquet as pq
 
 from storage import schemas
 from storage.artifact import Artifact, artifact_key, shard_name
-from storage.backend import Backend, BytesDone, FileRecord, Hold, not_shown
+from storage.backend import (
+    Backend,
+    BytesDone,
+    FileRecord,
+    Hold,
+    in_parallel,
+    not_shown,
+)
 from storage.errors import StoreError
 from storage.local import explained
 from storage.manifest import MANIFEST, Made, json_bytes, make_manifest, read_manifest
 from storage.parquet import check_schema, write_parquet
-
-PARALLEL_READS = 16
 
 # Tables whose schema is part of the contract, by artifact and table name ("" is the only table).
 DECLARED = {
@@ -75,9 +79,8 @@ class ArtifactWriter:
     def finished_shards(self) -> dict[int, Receipt]:
         """The shards that are whole, by index; one whose file is gone or changed is not."""
         keys = [entry.key for entry in self._backend.list(f"{self._key}/parts/")]
-        with ThreadPoolExecutor(PARALLEL_READS) as pool:
-            found = pool.map(self._receipt, keys)
-            receipts = [receipt for receipt in found if receipt is not None]
+        found = in_parallel(self._backend, self._receipt, keys)
+        receipts = [receipt for receipt in found if receipt is not None]
         records = {
             self._data_key(name): record
             for receipt in receipts
@@ -206,6 +209,8 @@ class ArtifactWriter:
         # Of an earlier attempt under other names; a glob over the folder would find them.
         kept = {self._data_key(name) for name in manifest["files"]}
         self._backend.delete([key for key in stored if key not in kept])
+        # An upload whose begin was answered too late was begun twice.
+        self._backend.sweep(f"{self._key}/", 0)
         shutil.rmtree(self._scratch, ignore_errors=True)
         return Artifact(self._backend, self.stage, self.version, manifest)
 

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import pytest
 
 from fpo_core.quiet import set_quiet_defaults
+from tests.object_store import seaweed
+
+__all__ = ["seaweed"]  # one object store for all tests
 
 set_quiet_defaults()
 os.environ["PREFECT_LOGGING_LEVEL"] = "CRITICAL"

@@ -7,10 +7,7 @@ import uuid
 import pytest
 
 from storage.s3_client import S3Options
-from tests.object_store import seaweed
 from tests.storage.places import LocalPlace, S3Place, credentials
-
-__all__ = ["seaweed"]
 
 
 @pytest.fixture
@@ -57,4 +54,4 @@ def small_disk(tmp_path):
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=True)
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "--lazy", folder], check=True)

@@ -100,7 +100,7 @@ def test_a_wrong_table_is_refused_before_it_is_written(store):
     [
         (lambda data: data[:-1], r"it has \d+ bytes, written were"),
         (lambda data: b"X" + data[1:], "its sha256 is"),
-        (lambda data: None, "it is missing"),
+        (lambda _: None, "it is missing"),
     ],
 )
 def test_damage_is_found_when_read_and_named(store, place, damage, message):
@@ -133,7 +133,7 @@ def test_two_swapped_shards_are_found(store, place):
     ("edit", "message"),
     [
         (lambda text: text[:100], "is not JSON"),
-        (lambda text: "[]", "is no manifest"),
+        (lambda _: "[]", "is no manifest"),
         (lambda text: text.replace(VERSION, "f" * 16), "is that of another artifact"),
         (lambda text: text.replace('"answer": 42', '"answer": 43'), "was changed after it was"),
         (

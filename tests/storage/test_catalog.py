@@ -183,6 +183,17 @@ def test_a_run_that_starts_meanwhile_keeps_what_it_chose(store, place, monkeypat
     assert len(list_artifacts(store)) == 1
 
 
+def test_nothing_is_removed_while_a_needed_artifact_is_unreadable(store, place):
+    """What it was made from would look like garbage, and repairing it needs just that."""
+    _, _, policy = chain(store)
+    store.set_ref("mine", "policy", policy.version)
+    key = f"artifacts/{policy.name}/manifest.json"
+    place.write(key, place.read(key)[:-20])
+    with pytest.raises(StoreError, match=f"fpo store repair {policy.name}` first"):
+        remove_garbage(store, grace_hours=0)
+    assert len(list_artifacts(store)) == 3
+
+
 # ---- copies
 
 

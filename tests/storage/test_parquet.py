@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage import schemas
-from storage.artifact import DECLARED
 from storage.errors import StoreError
 from storage.parquet import check_schema, parquet_bytes
+from storage.writer import DECLARED
 
 
 def pooled(rows: int = 300) -> pa.Table:
