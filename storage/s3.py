@@ -8,7 +8,7 @@ import base64
 import datetime as dt
 import hashlib
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -338,7 +338,7 @@ class S3Backend:
                 removed += sum(self._abort(name, upload_id) for name, upload_id, _ in uploads)
         return removed
 
-    def _uploads(self, prefix: str) -> list[tuple[str, str, dt.datetime]]:
+    def _uploads(self, prefix: str) -> Sequence[tuple[str, str, dt.datetime]]:
         """Name, id and begin of unfinished uploads."""
         pages = self._client.get_paginator("list_multipart_uploads")
         return _again(
