@@ -1,0 +1,76 @@
+"""One bucket of an S3 service: the client that talks to it, and how long it is asked."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import tenacity
+from botocore.exceptions import (
+    FlexibleChecksumError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
+
+from storage.s3_client import S3Options, backoff, make_client
+from storage.s3_errors import BrokenAnswerError, is_broken, told_in_words
+
+T = TypeVar("T")
+ATTEMPTS, FIRST_ATTEMPTS = 8, 3
+BLOCK_BYTES = 1 << 20
+
+# What reading a body can raise; botocore tries again only as long as no answer has begun.
+_BROKEN_BODY = (
+    IncompleteReadError, ReadTimeoutError, ResponseStreamingError, FlexibleChecksumError,
+    ConnectionError, TimeoutError,
+)  # fmt: skip
+
+
+class Bucket:
+    """A bucket and a client for it.
+
+    Args:
+        name: of the bucket.
+        options: where the service is.
+    """
+
+    def __init__(self, name: str, options: S3Options) -> None:
+        self.name, self._options = name, options
+        self._patient = make_client(options)
+        self.endpoint: str = self._patient.meta.endpoint_url
+        self._met = False
+
+    @property
+    def client(self) -> Any:
+        """The client, after a first contact that is quick to say what is set up wrongly.
+
+        Later a service may be away for a minute: then patience serves better than an error.
+        """
+        if not self._met:
+            attempts = min(FIRST_ATTEMPTS, self._options.max_attempts)
+            quick = make_client(self._options._replace(max_attempts=attempts))
+            quick.list_objects_v2(Bucket=self.name, MaxKeys=1)
+            self._met = True
+        return self._patient
+
+    def in_words(self) -> AbstractContextManager[None]:
+        """A context in which boto3's errors become StoreErrors."""
+        return told_in_words(self.name, self.endpoint)
+
+
+def again(call: Callable[[], T]) -> T:
+    """Call until an answer arrives whole; what the service refuses is not asked again."""
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(is_broken),
+        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        wait=lambda state: backoff(state.attempt_number),
+        reraise=True,
+    )(call)
+
+
+def blocks(answer: Mapping[str, Any]) -> Iterator[bytes]:
+    """A body, block by block; BrokenAnswerError where it breaks off."""
+    try:
+        yield from answer["Body"].iter_chunks(BLOCK_BYTES)
+    except _BROKEN_BODY as error:
+        raise BrokenAnswerError(type(error).__name__) from error
