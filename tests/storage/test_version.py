@@ -19,7 +19,7 @@ VALUES = st.recursive(
 
 
 def test_a_version_is_what_the_documented_recipe_gives():
-    """Computed here by hand, as another program would: docs/tables.md describes it."""
+    """Computed here by hand, as another program would: docs/storage.md describes it."""
     text = (
         '{"inputs":{"model":"gguf:ab:v1"},"recipe":{"lr":1e-05,"name":"é"},'
         '"schema_version":3,"stage":"pairs"}'
