@@ -68,7 +68,11 @@ def _repair(store: Store, verdict: Verdict, origin: _Origin) -> Repaired:
                 raise FPOError(f"{verdict.name} is being written by another run just now")
             store.unfinish(planned.artifact, planned.version, verdict.bad_files)
         log.info("%s: computing again %s", verdict.name, ", ".join(verdict.bad_files) or "nothing")
+        name = origin.settings["name"]
+        pointed_at = store.ref(name, planned.artifact)
         fpo_pipeline(recipe=str(recipe), only_stage=origin.stage, store=store.url)
+        if pointed_at:  # repairing an older artifact does not make it the recipe's latest
+            store.set_ref(name, planned.artifact, pointed_at)
     after = store.artifact(planned.artifact, planned.version).files
     return Repaired(verdict.name, tuple(sorted(verdict.bad_files)), before == dict(after))
 

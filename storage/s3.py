@@ -46,7 +46,7 @@ class S3Backend:
     ) -> None:
         self.scratch = scratch
         self._prefix = f"{prefix}/" if prefix else ""
-        self._bucket = Bucket(bucket, options)
+        self._bucket = Bucket(bucket, self._prefix, options)
         self._files = S3Files(self._bucket)
         self._cache = cache
 
@@ -206,7 +206,11 @@ class S3Backend:
         return lease(self, f"leases/{check_key(name)}.json", on_wait)
 
     def sweep(self, prefix: str, older_than: float) -> int:
-        """See Backend. Multipart uploads that were never completed."""
+        """See Backend. Multipart uploads that were never completed.
+
+        Nothing where the credentials may not list uploads, or the service has no such list: the
+        bucket's own life-cycle rule has to remove them then.
+        """
         before = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=older_than)
         full, removed = self._prefix + check_prefix(prefix), 0
         with self._bucket.in_words():
@@ -221,13 +225,18 @@ class S3Backend:
     def _uploads(self, prefix: str) -> Sequence[tuple[str, str, dt.datetime]]:
         """Name, id and begin of unfinished uploads."""
         pages = self._bucket.client.get_paginator("list_multipart_uploads")
-        return again(
-            lambda: [
-                (upload["Key"], upload["UploadId"], upload["Initiated"])
-                for page in pages.paginate(Bucket=self._bucket.name, Prefix=prefix)
-                for upload in page.get("Uploads", ())
-            ]
-        )
+        try:
+            return again(
+                lambda: [
+                    (upload["Key"], upload["UploadId"], upload["Initiated"])
+                    for page in pages.paginate(Bucket=self._bucket.name, Prefix=prefix)
+                    for upload in page.get("Uploads", ())
+                ]
+            )
+        except ClientError as error:
+            if code_of(error) in ("AccessDenied", "NotImplemented"):
+                return ()
+            raise
 
     def _abort(self, name: str, upload_id: str) -> bool:
         try:

@@ -31,11 +31,12 @@ class Bucket:
 
     Args:
         name: of the bucket.
+        prefix: of the keys that are ours: rights may end there.
         options: where the service is.
     """
 
-    def __init__(self, name: str, options: S3Options) -> None:
-        self.name, self._options = name, options
+    def __init__(self, name: str, prefix: str, options: S3Options) -> None:
+        self.name, self._prefix, self._options = name, prefix, options
         self._patient = make_client(options)
         self.endpoint: str = self._patient.meta.endpoint_url
         self._met = False
@@ -49,7 +50,7 @@ class Bucket:
         if not self._met:
             attempts = min(FIRST_ATTEMPTS, self._options.max_attempts)
             quick = make_client(self._options._replace(max_attempts=attempts))
-            quick.list_objects_v2(Bucket=self.name, MaxKeys=1)
+            quick.list_objects_v2(Bucket=self.name, Prefix=self._prefix, MaxKeys=1)
             self._met = True
         return self._patient
 

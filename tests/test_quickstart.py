@@ -9,8 +9,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from storage.cache import cache_folder
 from storage.catalog import list_artifacts
 from storage.location import open_store
+from tests.object_store import BUCKET
+from tests.storage.places import credentials
 
 pytestmark = pytest.mark.slow
 FEW = (
@@ -43,6 +46,33 @@ def test_the_quickstart_on_few_pairs(fpo, tmp_path):
     assert (tmp_path / "report" / "report.html").is_file()
     again = fpo("run", "quickstart", *FEW, *where)
     assert again.err.count("reused") == 5
+
+
+def test_the_quickstart_on_s3(fpo, seaweed, tmp_path, monkeypatch):
+    """With the environment alone, as the README says; its model goes up and comes back."""
+    for name, value in credentials(seaweed).items():
+        if name.startswith("AWS_"):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FPO_STORE", f"s3://{BUCKET}/quickstart")
+    # The model that was converted on first use stays where it is: only the read cache is new.
+    models = cache_folder() / "models"
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "models").symlink_to(models)
+    monkeypatch.setenv("FPO_CACHE", str(tmp_path / "cache"))
+    few = ("--set", "data.limit=4", "--set", "evaluation.prompts=1",
+           "--set", "evaluation.max_new_tokens=8")  # fmt: skip
+    result = fpo("run", "quickstart", *few, "--report", tmp_path / "report")
+    assert result.code == 0, result.err
+    assert result.err.count("computed") == 5
+    assert (tmp_path / "report" / "report.html").is_file()
+    again = fpo("run", "quickstart", *few, "--report", tmp_path / "report")
+    assert again.err.count("reused") == 5
+    verified = fpo("store", "verify")
+    assert verified.code == 0
+    assert "5 artifacts" in verified.out
+    drawn = fpo("store", "lineage", "evaluation").out
+    assert "policy/" in drawn
+    assert "pairs/" in drawn
 
 
 def test_the_readmes_polars_lines_run_on_its_store(tmp_path, finished_run):
