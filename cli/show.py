@@ -2,6 +2,7 @@
 
 import datetime as dt
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from storage.verify import Verdict
 from tasks.plan import Plan
 from tasks.run import human_bytes
 
+_LONG_DIGEST = re.compile(r"[0-9a-f]{20,}")
 _ACTION = {"complete": "reuse", "partial": "resume", "missing": "compute"}
 
 
@@ -120,19 +122,25 @@ def print_lineage(made_from: Node, made_into: Node) -> None:
         ("made into", made_into, "nothing yet"),
     ):
         tree = Tree(Text(f"{node.name}, {title}"))
+        drawn: set[str] = set()
         for branch in node.branches:
-            _grow(tree, branch)
+            _grow(tree, branch, drawn)
         if not node.branches:
             tree.add(nothing)
         console.print(tree)
 
 
-def _grow(tree: Tree, node: Node) -> None:
-    note = "" if node.state in ("complete", "external") else f"  ({node.state})"
-    name = node.name if len(node.name) <= 60 else f"{node.name[:57]}..."
-    inner = tree.add(Text(f"{name}{note}"))
-    for branch in node.branches:
-        _grow(inner, branch)
+def _grow(tree: Tree, node: Node, drawn: set[str]) -> None:
+    """Add a node; one that was drawn with its branches before is only named again."""
+    notes = [] if node.state in ("complete", "external") else [node.state]
+    again = node.branches and node.name in drawn
+    if again:
+        notes.append("as above")
+    drawn.add(node.name)
+    name = _LONG_DIGEST.sub(lambda match: f"{match[0][:12]}...", node.name)
+    inner = tree.add(Text(f"{name}  ({', '.join(notes)})" if notes else name))
+    for branch in () if again else node.branches:
+        _grow(inner, branch, drawn)
 
 
 def print_verdicts(verdicts: Sequence[Verdict], lost_refs: Sequence[str]) -> None:

@@ -42,7 +42,10 @@ def ancestors(name: str, infos: Iterable[ArtifactInfo]) -> Node:
         info = known.get(name)
         inputs = info.inputs if info and info.inputs else {}
         artifacts = input_artifacts(inputs)
-        return [(role, artifacts.get(role, f"{role}:{value}")) for role, value in inputs.items()]
+        return [
+            (role, artifacts.get(role) or f"{role}:{value.removeprefix(f'{role}:')}")
+            for role, value in inputs.items()
+        ]
 
     return _tree(name, "", known, below)
 
