@@ -11,54 +11,82 @@ from torch import Tensor, nn
 
 from fpo_core.errors import FPOError
 
-CHUNK_TOKENS = 512
+# Logits held at a time: 64 MB in float32. Fewer tokens a chunk for a larger vocabulary.
+CHUNK_LOGITS = 1 << 24
+_FEWEST_TOKENS, _MOST_TOKENS = 64, 512
 
 
 class Head(NamedTuple):
-    """A language model's output head."""
+    """A language model's output head: softcap * tanh(scale * hidden @ weight.T / softcap)."""
 
     weight: Tensor  # [V, d_model]
-    softcap: float | None  # logits = softcap * tanh(logits / softcap), Gemma-2
+    softcap: float | None = None  # Gemma-2's final soft-capping; None: none
+    scale: float = 1.0  # Cohere's logit_scale, the inverse of Granite's logits_scaling
 
 
 def output_head(model: Any) -> Head:
     """The head of a causal LM (tied or not).
 
     Raises:
-        FPOError: for a head with a bias or a logit scale, which is not implemented.
+        FPOError: for a head with a bias, which is not implemented.
     """
     head: nn.Module = model.get_output_embeddings()
     config = model.config
-    if getattr(head, "bias", None) is not None or getattr(config, "logit_scale", None):
-        raise FPOError(
-            f"{type(model).__name__}: heads with a bias or a logit scale are not supported"
-        )
+    if getattr(head, "bias", None) is not None:
+        raise FPOError(f"{type(model).__name__}: output heads with a bias are not supported")
     weight = head.weight
     assert isinstance(weight, Tensor)
-    return Head(weight, getattr(config, "final_logit_softcapping", None))
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    return Head(weight, getattr(config, "final_logit_softcapping", None), scale)
 
 
 def logits_of(hidden: Tensor, head: Head) -> Tensor:
-    """float32 logits [n, V] of a chunk of hidden states [n, d_model]."""
-    logits = (hidden @ head.weight.T).float()
+    """Logits [n, V] of a chunk of hidden states [n, d_model], in float32 (float64 stays)."""
+    logits = hidden @ head.weight.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if head.scale != 1.0:
+        logits *= head.scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def selected_logps(
-    hidden: Tensor, head: Head, targets: Tensor, chunk: int = CHUNK_TOKENS
-) -> Tensor:
+def selected_logps(hidden: Tensor, head: Head, targets: Tensor, chunk: int | None = None) -> Tensor:
     """log p(target) at each scored position.
 
     Args:
         hidden: [N, d_model] final hidden states at the scored positions.
         head: the output head.
         targets: [N] token ids.
-        chunk: tokens whose logits are held at a time.
+        chunk: tokens whose logits are held at a time; None: what fits in 64 MB.
 
     Returns:
         [N] float32, differentiable in ``hidden`` and ``head.weight``.
     """
-    result = _SelectedLogps.apply(hidden, head.weight, targets, head.softcap, chunk)
+    result = _SelectedLogps.apply(hidden, head.weight, targets, head.softcap, head.scale, chunk)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def kl_divergences(
+    reference: Tensor, reference_head: Head, policy: Tensor, policy_head: Head,
+    chunk: int | None = None,
+) -> Tensor:  # fmt: skip
+    """KL(reference || policy) in nats at each position, from both models' hidden states.
+
+    Args:
+        reference: [N, d_model] the reference's final hidden states; gets no gradient.
+        reference_head: its head.
+        policy: [N, d_model] the policy's.
+        policy_head: its head.
+        chunk: tokens whose logits are held at a time, of both models.
+
+    Returns:
+        [N] float32, differentiable in ``policy`` and ``policy_head.weight``.
+    """
+    result = _KLDivergences.apply(
+        policy, policy_head.weight, policy_head.softcap, policy_head.scale,
+        reference.detach(), reference_head, chunk,
+    )  # fmt: skip
     assert isinstance(result, Tensor)
     return result
 
@@ -66,67 +94,112 @@ def selected_logps(
 class _SelectedLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, chunk: int
-    ) -> Tensor:
-        head = Head(weight, softcap)
-        logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None,
+        scale: float, chunk: int | None,
+    ) -> Tensor:  # fmt: skip
+        head = Head(weight, softcap, scale)
+        logps = _float_like(hidden, len(targets))
         normalizers = torch.empty_like(logps)
-        for part in _chunks(len(targets), chunk):
+        for part in _chunks(len(targets), head, chunk):
             logits = logits_of(hidden[part], head)
             normalizers[part] = torch.logsumexp(logits, -1)
             logps[part] = logits.gather(1, targets[part, None]).squeeze(1) - normalizers[part]
         ctx.save_for_backward(hidden, weight, targets, normalizers)
-        ctx.softcap, ctx.chunk = softcap, chunk
+        ctx.head, ctx.chunk = (softcap, scale), chunk
         return logps
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, targets, normalizers = ctx.saved_tensors
         (grad,) = grads
-        wants_weight = ctx.needs_input_grad[1]
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        for part in _chunks(len(targets), ctx.chunk):
-            logits = logits_of(hidden[part], Head(weight, ctx.softcap))
-            # d logp / d logit = onehot(target) - softmax, times 1 - (logit / cap)^2 for the cap
+        head = Head(weight, *ctx.head)
+        gradients = _HeadGradients(hidden, head, wants_weight=ctx.needs_input_grad[1])
+        for part in _chunks(len(targets), head, ctx.chunk):
+            logits = logits_of(hidden[part], head)
+            # d logp / d logit = onehot(target) - softmax
             slope = torch.exp(logits - normalizers[part, None]).neg_()
             slope[torch.arange(len(slope), device=slope.device), targets[part]] += 1
-            slope *= grad[part, None]
-            if ctx.softcap is not None:
-                slope *= 1 - (logits / ctx.softcap) ** 2
-            slope = slope.to(weight.dtype)
-            grad_hidden[part] = slope @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(slope.T.float(), hidden[part].float())
-        cast = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, cast, None, None, None
+            gradients.add(part, slope.mul_(grad[part, None]), logits)
+        return gradients.hidden, gradients.weight, None, None, None, None
+
+
+class _KLDivergences(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, softcap: float | None, scale: float,
+        reference: Tensor, reference_head: Head, chunk: int | None,
+    ) -> Tensor:  # fmt: skip
+        head = Head(weight, softcap, scale)
+        result = _float_like(hidden, len(hidden))
+        for part in _chunks(len(hidden), head, chunk):
+            ref = torch.log_softmax(logits_of(reference[part], reference_head), -1)
+            pol = torch.log_softmax(logits_of(hidden[part], head), -1)
+            result[part] = (ref.exp() * (ref - pol)).sum(-1)
+        ctx.save_for_backward(hidden, weight, reference, reference_head.weight)
+        ctx.head, ctx.chunk = (softcap, scale), chunk
+        ctx.reference_head = reference_head[1:]
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden, weight, reference, reference_weight = ctx.saved_tensors
+        (grad,) = grads
+        head, other = Head(weight, *ctx.head), Head(reference_weight, *ctx.reference_head)
+        gradients = _HeadGradients(hidden, head, wants_weight=ctx.needs_input_grad[1])
+        for part in _chunks(len(hidden), head, ctx.chunk):
+            logits = logits_of(hidden[part], head)
+            # d KL / d logit of the policy = p_policy - p_reference
+            slope = torch.softmax(logits, -1)
+            slope -= torch.softmax(logits_of(reference[part], other), -1)
+            gradients.add(part, slope.mul_(grad[part, None]), logits)
+        return gradients.hidden, gradients.weight, None, None, None, None, None
+
+
+class _HeadGradients:
+    """Takes gradients of logits, chunk by chunk, on to hidden states and the head's weight."""
+
+    def __init__(self, hidden: Tensor, head: Head, *, wants_weight: bool) -> None:
+        self.hidden = torch.empty_like(hidden)
+        self._inputs, self._head = hidden, head
+        self._sum = None
+        if wants_weight:
+            precise = torch.promote_types(head.weight.dtype, torch.float32)
+            self._sum = torch.zeros_like(head.weight, dtype=precise)
+
+    def add(self, part: slice, slope: Tensor, logits: Tensor) -> None:
+        """One chunk's d loss / d logits ``slope`` [n, V], which is used up."""
+        if self._head.softcap is not None:
+            slope *= 1 - (logits / self._head.softcap) ** 2
+        if self._head.scale != 1.0:
+            slope *= self._head.scale
+        if self._sum is not None:
+            self._sum.addmm_(slope.T.to(self._sum.dtype), self._inputs[part].to(self._sum.dtype))
+        self.hidden[part] = slope.to(self._head.weight.dtype) @ self._head.weight
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The weight's gradient, in the weight's dtype."""
+        return None if self._sum is None else self._sum.to(self._head.weight.dtype)
+
+
+def _float_like(hidden: Tensor, count: int) -> Tensor:
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return torch.empty(count, dtype=dtype, device=hidden.device)
 
 
 @torch.no_grad()
-def entropies(hidden: Tensor, head: Head, chunk: int = CHUNK_TOKENS) -> Tensor:
+def entropies(hidden: Tensor, head: Head, chunk: int | None = None) -> Tensor:
     """Entropy in nats [N] of the next-token distribution at each position."""
-    result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    for part in _chunks(len(hidden), chunk):
+    result = _float_like(hidden, len(hidden))
+    for part in _chunks(len(hidden), head, chunk):
         logp = torch.log_softmax(logits_of(hidden[part], head), -1)
         result[part] = -(logp.exp() * logp).sum(-1)
     return result
 
 
-@torch.no_grad()
-def kl_divergences(
-    reference: Tensor, reference_head: Head, policy: Tensor, policy_head: Head,
-    chunk: int = CHUNK_TOKENS,
-) -> Tensor:  # fmt: skip
-    """KL(reference || policy) in nats [N] at each position, from both models' hidden states."""
-    result = torch.empty(len(policy), dtype=torch.float32, device=policy.device)
-    for part in _chunks(len(policy), chunk):
-        ref = torch.log_softmax(logits_of(reference[part], reference_head), -1)
-        pol = torch.log_softmax(logits_of(policy[part], policy_head), -1)
-        result[part] = (ref.exp() * (ref - pol)).sum(-1)
-    return result
-
-
-def _chunks(total: int, size: int) -> list[slice]:
+def _chunks(total: int, head: Head, size: int | None) -> list[slice]:
+    if size is None:
+        size = min(max(CHUNK_LOGITS // len(head.weight), _FEWEST_TOKENS), _MOST_TOKENS)
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 

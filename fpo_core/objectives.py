@@ -1,15 +1,20 @@
 """The objectives, composed as in the paper's Table 1.
 
-Every method is u = log-prob difference - margin - constraint with loss = -log sigmoid(u); a
-method is a choice of the three parts. S is a response's summed log-prob, n its tokens, A = S / n.
+Every preference objective is u = log-prob difference - margin - constraint with loss
+-log sigmoid(u); ``fpo_core/recipe/methods.py`` says which parts each has. S is a response's summed
+log-prob, n its scored tokens, A = S / n. Pure functions of tensors; nothing is reduced.
 
 Shapes: B pairs.
 """
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fpo_core.recipe.methods import Method
+from fpo_core.recipe.options import Options
 
 
 class SideScores(NamedTuple):
@@ -18,23 +23,54 @@ class SideScores(NamedTuple):
     policy_logps: Tensor  # [B] summed, with gradient
     reference_logps: Tensor  # [B] summed
     num_tokens: Tensor  # [B]
-    discrepancy: Tensor | None = None  # [B] feature discrepancy D, with gradient
+    divergence: Tensor | None = None  # [B] K summed over tokens, or D; with gradient
 
 
 class Objective(NamedTuple):
-    """Unreduced losses and the quantities that explain them."""
+    """Unreduced losses, and the quantities that explain them, detached."""
 
     losses: Tensor  # [B]
-    u: Tensor  # [B] detached
-    chosen_rewards: Tensor  # [B] detached implicit rewards
-    rejected_rewards: Tensor  # [B] detached
+    u: Tensor  # [B]
+    difference: Tensor  # [B] the three parts of u
+    margin: Tensor  # [B]
+    constraint: Tensor  # [B]
+    chosen_rewards: Tensor  # [B] implicit rewards
+    rejected_rewards: Tensor  # [B]
+
+
+def objective(
+    method: Method, options: Options, chosen: SideScores, rejected: SideScores
+) -> Objective:
+    """The losses of a batch under an objective.
+
+    Args:
+        method: which parts it has.
+        options: its numbers.
+        chosen: scores of the chosen responses.
+        rejected: of the rejected ones.
+    """
+    if method.difference is None:
+        return supervised(chosen, rejected, options)
+    difference = log_prob_difference(chosen, rejected, options.beta, per_token=options.per_token)
+    if method.margin == "reference":
+        margin = reference_margin(chosen, rejected, options.beta, per_token=options.per_token)
+    else:
+        margin = torch.full_like(difference, options.gamma or 0.0)
+    held = torch.zeros_like(difference)
+    if method.constraint:
+        held = constraint(
+            _divergence(chosen, method, options), _divergence(rejected, method, options),
+            options.beta, options.alpha, stop_gradient=options.stop_gradient,
+        )  # fmt: skip
+    u = difference - margin - held
+    return _objective(-F.logsigmoid(u), (u, difference, margin, held), chosen, rejected, options)
 
 
 def log_prob_difference(
     chosen: SideScores, rejected: SideScores, beta: float, *, per_token: bool
 ) -> Tensor:
     """beta * (S_w - S_l), or with averages A where ``per_token``."""
-    return beta * (_score(chosen, per_token) - _score(rejected, per_token))
+    return beta * (_policy(chosen, per_token) - _policy(rejected, per_token))
 
 
 def reference_margin(
@@ -44,52 +80,46 @@ def reference_margin(
     return beta * (_reference(chosen, per_token) - _reference(rejected, per_token))
 
 
-def feature_constraint(
-    chosen: Tensor, rejected: Tensor, alpha: float, beta: float, *, stop_gradient: bool
+def constraint(
+    chosen: Tensor, rejected: Tensor, beta: float, alpha: float | None, *, stop_gradient: bool
 ) -> Tensor:
-    """alpha * (beta * D_l - sg(beta * D_w)), the paper's delta_FPO (sg as in TDPO-2)."""
-    held = chosen.detach() if stop_gradient else chosen
-    return alpha * beta * (rejected - held)
+    """alpha * (beta * X_l - sg(beta * X_w)) of a divergence X: K (TDPO) or D (FPO).
+
+    ``alpha`` None is 1, as in TDPO-1, which also has no stop-gradient.
+    """
+    kept = chosen.detach() if stop_gradient else chosen
+    return (1.0 if alpha is None else alpha) * (beta * rejected - beta * kept)
 
 
-def fpo(
-    chosen: SideScores, rejected: SideScores, *, beta: float, alpha: float, stop_gradient: bool
-) -> Objective:
-    """FPO: length-normalised difference and margin, and the feature constraint."""
-    assert chosen.discrepancy is not None
-    assert rejected.discrepancy is not None
-    u = log_prob_difference(chosen, rejected, beta, per_token=True)
-    u = u - reference_margin(chosen, rejected, beta, per_token=True)
-    u = u - feature_constraint(
-        chosen.discrepancy, rejected.discrepancy, alpha, beta, stop_gradient=stop_gradient
-    )
-    return _objective(u, chosen, rejected, beta, per_token=True)
+def supervised(chosen: SideScores, rejected: SideScores, options: Options) -> Objective:
+    """SFT: the chosen response's cross-entropy, averaged over its tokens; u is 0."""
+    nothing = torch.zeros_like(chosen.policy_logps)
+    losses = -_policy(chosen, per_token=True)
+    return _objective(losses, (nothing, nothing, nothing, nothing), chosen, rejected, options)
 
 
-def dpo(chosen: SideScores, rejected: SideScores, *, beta: float) -> Objective:
-    """DPO (Rafailov et al. 2023): summed log-probs, no constraint."""
-    u = log_prob_difference(chosen, rejected, beta, per_token=False)
-    u = u - reference_margin(chosen, rejected, beta, per_token=False)
-    return _objective(u, chosen, rejected, beta, per_token=False)
-
-
-def simpo(chosen: SideScores, rejected: SideScores, *, beta: float, gamma: float) -> Objective:
-    """SimPO (Meng et al. 2024): averages against a constant margin, no reference."""
-    u = log_prob_difference(chosen, rejected, beta, per_token=True) - gamma
-    return _objective(u, chosen, rejected, beta, per_token=True)
+def _divergence(side: SideScores, method: Method, options: Options) -> Tensor:
+    assert side.divergence is not None
+    if method.constraint == "kl" and options.per_token:
+        return side.divergence / side.num_tokens  # K-bar of SimPO with KL
+    return side.divergence
 
 
 def _objective(
-    u: Tensor, chosen: SideScores, rejected: SideScores, beta: float, *, per_token: bool
+    losses: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor, Tensor],
+    chosen: SideScores,
+    rejected: SideScores,
+    options: Options,
 ) -> Objective:
     rewards = [
-        beta * (_score(side, per_token) - _reference(side, per_token)).detach()
+        options.beta * (_policy(side, options.per_token) - _reference(side, options.per_token))
         for side in (chosen, rejected)
     ]
-    return Objective(-F.logsigmoid(u), u.detach(), *rewards)
+    return Objective(losses, *(part.detach() for part in (*parts, *rewards)))
 
 
-def _score(side: SideScores, per_token: bool) -> Tensor:
+def _policy(side: SideScores, per_token: bool) -> Tensor:
     return side.policy_logps / side.num_tokens if per_token else side.policy_logps
 
 

@@ -14,7 +14,8 @@ from fpo_core.data.source import identify_data
 from fpo_core.errors import FPOError, UsageError
 from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe
-from fpo_core.recipe.schema import DEFAULT_ALPHA, DEFAULT_BETA, DEFAULT_GAMMA, TrainSettings
+from fpo_core.recipe.options import objective_options
+from fpo_core.recipe.schema import TrainSettings
 from fpo_core.sae.source import identify_sae
 from storage.store import Store
 from storage.version import artifact_version
@@ -140,16 +141,9 @@ def _tokenize_part(recipe: Recipe) -> dict[str, Any]:
 
 
 def _train_part(settings: TrainSettings) -> dict[str, Any]:
-    """The settings with the method's defaults filled in: writing a default out changes nothing."""
-    part = settings.model_dump()
-    part["beta"] = DEFAULT_BETA[settings.method] if settings.beta is None else settings.beta
-    if settings.method == "fpo" and settings.alpha is None:
-        part["alpha"] = DEFAULT_ALPHA
-    if settings.method == "simpo" and settings.gamma is None:
-        part["gamma"] = DEFAULT_GAMMA
-    if settings.method != "fpo":
-        part["stop_gradient"] = None  # part of the constraint, which only FPO has
-    return part
+    """The settings with the objective's own filled in: writing a default out changes nothing."""
+    options = objective_options(settings)._asdict()
+    return {**settings.model_dump(exclude={*options, "length_norm"}), **options}
 
 
 def _digest(values: list[str]) -> str:

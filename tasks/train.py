@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from fpo_core.errors import FPOError
 from fpo_core.models.load import load_tokenizer
 from fpo_core.progress import Progress
+from fpo_core.recipe.options import objective_options
 from fpo_core.training.job import MODEL_FOLDER, TrainingJob
 from storage.writer import ArtifactWriter
 from tasks.announce import announce
@@ -55,7 +56,7 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
     last = records[-1]
     stats = {
         "steps": last["steps"],
-        "beta": job.beta,
+        "beta": objective_options(job.settings).beta,
         "first_loss": records[0]["loss"],
         "last_loss": last["loss"],
         "missing_features_per_pair": sum(r["missing"] for r in records) / len(records),

@@ -1,7 +1,8 @@
 """The feature discrepancy of the paper's Eq. 10, with its cheap exact gradient.
 
 For each response, I = top-k of the policy's pooled features united with the top-k of the
-reference's, and D = (1/k) * sum over I of (c_policy - c_reference)^2.
+reference's, and D = (1/k) * sum over I of (c_policy - c_reference)^2. The authors' code takes the
+policy's top-k alone; that, and the reference's alone, are options.
 
 I is chosen without gradient from the full encode; then only the columns in I are encoded again
 with gradient. The result equals differentiating the full encode, because D depends on no other
@@ -10,13 +11,15 @@ column, and the memory of the backward pass does not grow with the SAE's width.
 Shapes: N scored tokens, R responses, F = d_sae.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fpo_core.features.pool import TopFeatures, pool_features, top_features
 from fpo_core.sae.coder import SparseCoder
+
+IndexSet = Literal["union", "policy", "reference"]
 
 
 class Discrepancy(NamedTuple):
@@ -34,6 +37,7 @@ def feature_discrepancy(
     reference: TopFeatures,
     cutoff: Tensor,
     k: int,
+    index_set: IndexSet = "union",
 ) -> Discrepancy:
     """The discrepancy between the policy's features and the cached reference's.
 
@@ -45,6 +49,7 @@ def feature_discrepancy(
         reference: the cached pooled features, at least the top k of each response.
         cutoff: [R] largest pooled value that the cache does not store; 0 when it stores all.
         k: size of each side's top-k.
+        index_set: which of the two top-k make up I.
     """
     policy = top_features(pool_features(coder, x.detach(), response, lengths), k)
     stored = torch.zeros(len(lengths), coder.d_sae, dtype=torch.bool, device=x.device)
@@ -52,8 +57,11 @@ def feature_discrepancy(
     _scatter(stored, reference.indices, torch.ones_like(reference.values, dtype=torch.bool))
     _scatter(target, reference.indices, reference.values)
     union = torch.zeros_like(stored)
-    for indices in (policy.indices, reference.indices[:, :k]):
-        _scatter(union, indices, torch.ones_like(indices, dtype=torch.bool))
+    if index_set != "reference":
+        _scatter(union, policy.indices, torch.ones_like(policy.indices, dtype=torch.bool))
+    if index_set != "policy":
+        known = reference.indices[:, :k]
+        _scatter(union, known, torch.ones_like(known, dtype=torch.bool))
     values = []
     for row, tokens in enumerate(torch.split(x, lengths.tolist())):
         columns = union[row].nonzero().squeeze(1)

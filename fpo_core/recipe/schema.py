@@ -4,19 +4,16 @@ Nothing derived, dated or random lives here. Settings that do not change a stage
 (threads, batch sizes of inference passes) are under ``resources`` and never enter a version.
 """
 
+import difflib
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Method = Literal["fpo", "dpo", "simpo"]
+from fpo_core.recipe.methods import METHODS
+
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
-
-# Defaults by method, used where a recipe leaves the setting out (DESIGN section 5).
-DEFAULT_BETA: dict[str, float] = {"fpo": 0.1, "dpo": 0.1, "simpo": 2.0}
-DEFAULT_GAMMA = 0.5
-DEFAULT_ALPHA = 0.5
 
 
 class Settings(BaseModel):
@@ -114,16 +111,28 @@ class FeatureSettings(Settings):
 class TrainSettings(Settings):
     """The preference-optimization run."""
 
-    method: Method = Field(default="fpo", description="objective")
-    beta: Positive | None = Field(default=None, description="default: 0.1 (fpo, dpo), 2.0 (simpo)")
+    method: str = Field(default="fpo", description=f"objective: {', '.join(METHODS)}")
+    beta: Positive | None = Field(
+        default=None, description="default: the objective's own, 0.1 (with SimPO's margin: 2.0)"
+    )
     gamma: NonNegative | None = Field(
         default=None, description="SimPO's target margin; default 0.5"
     )
     alpha: NonNegative | None = Field(
-        default=None, description="FPO's constraint weight; default 0.5"
+        default=None, description="weight of the constraint; default 0.5"
+    )
+    stop_gradient: bool | None = Field(
+        default=None, description="stop-gradient on the chosen divergence; default: all but tdpo1"
+    )
+    length_norm: bool | None = Field(
+        default=None, description="average log-probs over tokens; default: the objective's own"
     )
     k: Count = Field(default=50, description="features of the discrepancy (top-k of each side)")
-    stop_gradient: bool = Field(default=True, description="stop-gradient on the chosen discrepancy")
+    index_set: Literal["union", "policy", "reference"] = Field(
+        default="union",
+        description="whose top-k the discrepancy is over: of both (Eq. 10), or of one (`policy` is "
+        "what the authors' code does)",
+    )
     lr: Positive = Field(default=5e-7, description="peak learning rate")
     warmup_steps: int = Field(default=150, ge=0, description="linear warm-up, then constant")
     epochs: Count = 1
@@ -134,14 +143,25 @@ class TrainSettings(Settings):
     zero_stage: Literal[0, 1, 2] = Field(default=0, description="DeepSpeed ZeRO stage")
     seed: int = Field(default=0, description="data order")
 
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        if method not in METHODS:
+            near = difflib.get_close_matches(method, METHODS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"unknown objective{hint} Objectives: {', '.join(METHODS)}")
+        return method
+
     @model_validator(mode="after")
     def _only_the_methods_own(self) -> "TrainSettings":
-        if self.alpha is not None and self.method != "fpo":
+        method = METHODS[self.method]
+        if self.alpha is not None and method.alpha is None:
+            having = ", ".join(name for name, other in METHODS.items() if other.alpha is not None)
             raise ValueError(
-                f"train.alpha weighs the feature constraint, which {self.method} has not; "
-                f"leave it out, or set train.method=fpo"
+                f"train.alpha weighs the constraint, and {self.method} has none to weigh; leave it "
+                f"out, or set train.method to one of {having}"
             )
-        if self.gamma is not None and self.method != "simpo":
+        if self.gamma is not None and method.gamma is None:
             raise ValueError(f"train.gamma is SimPO's target margin; {self.method} has none")
         return self
 

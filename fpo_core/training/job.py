@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from fpo_core.recipe.schema import DEFAULT_ALPHA, DEFAULT_BETA, DEFAULT_GAMMA, TrainSettings
+from fpo_core.recipe.schema import TrainSettings
 
 # What the workers write below the job's output folder.
 ERROR_FILE, METRICS_FILE, MODEL_FOLDER = "error.json", "metrics.jsonl", "model"
@@ -28,22 +28,6 @@ class TrainingJob(BaseModel):
     tokens_per_batch: int
     threads: int | None
     output: Path  # receives model/ and metrics.jsonl
-
-    @property
-    def beta(self) -> float:
-        """The objective's beta, the method's default where the recipe leaves it out."""
-        given = self.settings.beta
-        return DEFAULT_BETA[self.settings.method] if given is None else given
-
-    @property
-    def alpha(self) -> float:
-        """Weight of FPO's constraint."""
-        return DEFAULT_ALPHA if self.settings.alpha is None else self.settings.alpha
-
-    @property
-    def gamma(self) -> float:
-        """SimPO's target margin."""
-        return DEFAULT_GAMMA if self.settings.gamma is None else self.settings.gamma
 
     def save(self, path: Path) -> None:
         """Write the job for the workers."""

@@ -19,8 +19,11 @@ from fpo_core import objectives
 from fpo_core.data.batches import PairBatch, batches_by_length, collate
 from fpo_core.errors import FPOError
 from fpo_core.features.discrepancy import Discrepancy, feature_discrepancy
+from fpo_core.logprobs import kl_divergences, output_head, sum_by_response
 from fpo_core.models.forward import PairForward, forward_pairs
-from fpo_core.models.load import prepare_cpu
+from fpo_core.models.load import load_model, prepare_cpu
+from fpo_core.recipe.methods import METHODS
+from fpo_core.recipe.options import objective_options
 from fpo_core.sae.coder import SparseCoder, load_coder
 from fpo_core.training.examples import (
     Example,
@@ -53,8 +56,13 @@ class StepMetrics(NamedTuple):
     margin: float
     chosen_reward: float
     rejected_reward: float
+    difference: float  # the three parts of u
+    target_margin: float
+    constraint: float
     discrepancy_chosen: float
     discrepancy_rejected: float
+    kl_chosen: float  # 0 where the objective needs no live reference
+    kl_rejected: float
     missing: float
     tokens: float
 
@@ -80,8 +88,17 @@ class Trainer:
         self.examples = read_examples(job.pairs, job.reference, job.pooled, "train")
         self.steps = num_steps(len(self.examples), job.settings.batch_size, job.settings.epochs)
         self.coder: SparseCoder = load_coder(job.sae_folder).to(self.device)
+        self.method, self.options = METHODS[job.settings.method], objective_options(job.settings)
+        self.reference = self._live_reference() if self.method.needs_reference_model else None
         self.engine = self._engine()
         self.grad_norm: float | None = None
+
+    def _live_reference(self) -> Any:
+        """The frozen reference model, for objectives with a KL; the others never load it."""
+        return load_model(
+            self.job.model_folder, dtype=self.job.reference_dtype, attention=self.job.attention,
+            device=self.device,
+        )  # fmt: skip
 
     def _engine(self) -> Any:
         import deepspeed
@@ -195,12 +212,12 @@ class Trainer:
         batch = collate([example.ids for example in examples], device=self.device)
         out: PairForward = self.engine(batch)
         reference, cutoff = reference_features(examples, self.device)
-        constrained = self.job.settings.method == "fpo"
-        with torch.set_grad_enabled(constrained):
+        with torch.set_grad_enabled(self.method.constraint == "features"):
             features = feature_discrepancy(
                 self.coder, out.activations, batch.response, batch.lengths,
-                reference, cutoff, self.job.settings.k,
+                reference, cutoff, self.job.settings.k, self.job.settings.index_set,
             )  # fmt: skip
+        kl = self._kl(batch, out)
         reference_logps = torch.tensor(
             [logp for example in examples for logp in example.logps],
             dtype=torch.float64, device=self.device,
@@ -211,26 +228,28 @@ class Trainer:
                 reference.values[:, : self.job.settings.k], self.job.reference_dtype,
                 batch.pair_ids,
             )  # fmt: skip
-        result = self._objective(out.logps, reference_logps, batch.lengths, features)
-        return result.losses, _sums(result, features, batch)
-
-    def _objective(
-        self, logps: Tensor, reference: Tensor, lengths: Tensor, features: Discrepancy
-    ) -> objectives.Objective:
-        job = self.job
+        divergence = kl if self.method.constraint == "kl" else features.values
         sides = [
             objectives.SideScores(
-                logps[side::2], reference[side::2], lengths[side::2], features.values[side::2]
+                out.logps[side::2], reference_logps[side::2], batch.lengths[side::2],
+                divergence[side::2],
             )
             for side in (0, 1)
-        ]
-        if job.settings.method == "fpo":
-            return objectives.fpo(
-                *sides, beta=job.beta, alpha=job.alpha, stop_gradient=job.settings.stop_gradient
-            )
-        if job.settings.method == "dpo":
-            return objectives.dpo(*sides, beta=job.beta)
-        return objectives.simpo(*sides, beta=job.beta, gamma=job.gamma)
+        ]  # fmt: skip
+        result = objectives.objective(self.method, self.options, *sides)
+        return result.losses, _sums(result, features, kl.detach(), batch)
+
+    def _kl(self, batch: PairBatch, out: PairForward) -> Tensor:
+        """K [R]: KL(reference || policy) summed over scored positions; 0 without a reference."""
+        if self.reference is None:
+            return torch.zeros(len(batch.lengths), dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            ref = forward_pairs(self.reference, batch, self.job.layer)
+        divergences = kl_divergences(
+            ref.hidden, output_head(self.reference),
+            out.hidden, output_head(self.engine.module.model),
+        )  # fmt: skip
+        return sum_by_response(divergences, batch.response, len(batch.lengths))
 
     def _record(self, step: int, sums: StepMetrics, pairs: int, seconds: float) -> dict[str, Any]:
         means = {name: value / pairs for name, value in sums._asdict().items()}
@@ -266,7 +285,9 @@ def _without_dropout(module: Any) -> None:
         module.p = 0.0
 
 
-def _sums(result: objectives.Objective, features: Discrepancy, batch: PairBatch) -> StepMetrics:
+def _sums(
+    result: objectives.Objective, features: Discrepancy, kl: Tensor, batch: PairBatch
+) -> StepMetrics:
     margins = result.chosen_rewards - result.rejected_rewards
     values = features.values.detach()
     return StepMetrics(
@@ -275,8 +296,13 @@ def _sums(result: objectives.Objective, features: Discrepancy, batch: PairBatch)
         margin=float(margins.sum()),
         chosen_reward=float(result.chosen_rewards.sum()),
         rejected_reward=float(result.rejected_rewards.sum()),
+        difference=float(result.difference.sum()),
+        target_margin=float(result.margin.sum()),
+        constraint=float(result.constraint.sum()),
         discrepancy_chosen=float(values[0::2].sum()),
         discrepancy_rejected=float(values[1::2].sum()),
+        kl_chosen=float(kl[0::2].sum()),
+        kl_rejected=float(kl[1::2].sum()),
         missing=float(features.missing.sum()),
         tokens=float(batch.num_tokens),
     )

@@ -65,6 +65,25 @@ def test_value_and_gradient_equal_the_full_encode(lengths, k, seed, shift, centr
     assert got.missing.sum() == 0
 
 
+def test_the_index_set_may_be_one_sides_top_k():
+    """Features 0 and 1 are the policy's top, 2 and 1 the reference's."""
+    coder = SparseCoder(
+        torch.eye(4), torch.zeros(4), torch.zeros(4), torch.eye(4), torch.zeros(4), False, ""
+    )
+    x = torch.tensor([[4.0, 3.0, 1.0, 0.5]])
+    stored = TopFeatures(torch.tensor([[2, 1, 0]]), torch.tensor([[5.0, 2.0, 1.0]]))
+    one, zero = torch.tensor([1]), torch.tensor([0])
+
+    def value(index_set):
+        return feature_discrepancy(
+            coder, x, zero, one, stored, torch.zeros(1), 2, index_set
+        ).values.item()  # fmt: skip
+
+    assert value("policy") == ((4 - 1) ** 2 + (3 - 2) ** 2) / 2
+    assert value("reference") == ((1 - 5) ** 2 + (3 - 2) ** 2) / 2
+    assert value("union") == ((4 - 1) ** 2 + (3 - 2) ** 2 + (1 - 5) ** 2) / 2
+
+
 def test_same_activations_give_zero():
     coder = make_coder()
     x = torch.randn(7, 6)

@@ -41,10 +41,88 @@ def test_equals_naive_float64(tokens, vocabulary, chunk, softcap, scale, seed):
         assert (got.double() - want).abs().max() <= bound
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_gradients_pass_gradcheck_in_float64(softcap, scale):
+    torch.manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    hidden, weight = draw(7, 4), draw(11, 4)
+    other = Head(torch.randn(11, 4, dtype=torch.float64), softcap)
+    reference, targets = torch.randn(7, 4, dtype=torch.float64), torch.arange(7)
+    assert torch.autograd.gradcheck(
+        lambda h, w: selected_logps(h, Head(w, softcap, scale), targets, 3), (hidden, weight)
+    )
+    assert torch.autograd.gradcheck(
+        lambda h, w: kl_divergences(reference, other, h, Head(w, softcap, scale), 3),
+        (hidden, weight),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 20), vocabulary=st.integers(2, 60), chunk=st.integers(1, 25),
+    softcap=st.sampled_from([None, 5.0]), scale=st.sampled_from([0.1, 1.0, 30.0]),
+    seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_kl_equals_naive_float64_with_its_gradient(tokens, vocabulary, chunk, softcap, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ref, pol = (scale * torch.randn(tokens, 8, generator=generator) for _ in range(2))
+    ref_weight, weight = (torch.randn(vocabulary, 8, generator=generator) for _ in range(2))
+    h, w = pol.clone().requires_grad_(), weight.clone().requires_grad_()
+    got = kl_divergences(ref, Head(ref_weight, softcap), h, Head(w, softcap), chunk)
+    got.sum().backward()
+    h64, w64 = pol.double().requires_grad_(), weight.double().requires_grad_()
+    p, q = naive(ref, ref_weight, softcap), naive(h64, w64, softcap)
+    want = (p.exp() * (p - q)).sum(-1)
+    want.sum().backward()
+    for ours, theirs, rounding in (
+        (got, want, 1e-5),
+        (h.grad, h64.grad, 1e-4),
+        (w.grad, w64.grad, 1e-4),
+    ):
+        bound = rounding * max(1.0, float(theirs.detach().abs().max()))
+        assert (ours.double() - theirs).abs().max() <= bound
+
+
+def test_a_policy_equal_to_the_reference_has_no_divergence_and_no_gradient():
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4)
+    kl = kl_divergences(hidden, Head(weight), hidden, Head(weight))
+    kl.sum().backward()
+    assert kl.abs().max() < 1e-6
+    assert hidden.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("extreme", [1e4, -1e4])
+def test_extreme_logits_stay_finite(extreme):
+    """A token that is all but certain, and one that is all but impossible."""
+    hidden = torch.tensor([[extreme]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0], [-1.0]])
+    logps = selected_logps(hidden.expand(3, 1), Head(weight), torch.arange(3))
+    kl = kl_divergences(torch.zeros(3, 1), Head(weight), hidden.expand(3, 1), Head(weight))
+    (logps.sum() + kl.sum()).backward()
+    assert torch.isfinite(logps).all()
+    assert torch.isfinite(kl).all()
+    assert torch.isfinite(hidden.grad).all()
+    assert sorted(logps.tolist()) == [-2e4, -1e4, 0.0]
+
+
+def test_bfloat16_states_are_summed_in_float32():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(20, 16), torch.randn(50, 16)
+    low = selected_logps(hidden.bfloat16(), Head(weight.bfloat16()), torch.arange(20))
+    assert low.dtype == torch.float32
+    exact = naive(hidden.bfloat16(), weight.bfloat16(), None).gather(1, torch.arange(20)[:, None])
+    # The logits themselves are bfloat16 products; their sum over the vocabulary is not.
+    torch.testing.assert_close(low.double(), exact.squeeze(1), rtol=2e-2, atol=5e-2)
+
+
 def test_frozen_head_gets_no_gradient():
     hidden = torch.randn(5, 4, requires_grad=True)
     weight = torch.randn(9, 4)
-    selected_logps(hidden, Head(weight, None), torch.arange(5)).sum().backward()
+    selected_logps(hidden, Head(weight), torch.arange(5)).sum().backward()
     assert hidden.grad is not None
     assert weight.grad is None
 

@@ -74,8 +74,13 @@ REFUSED = {
     "unknown in override": ("", ("train.betta=1",), r"'train\.betta'; did you mean 'beta'\?"),
     "wrong type": ("train: {lr: fast}", (), r"train\.lr: .*valid number.*given: 'fast'"),
     "negative": ("train: {lr: -1}", (), r"train\.lr: .*greater than 0 \(given: -1\)"),
-    "unknown choice": ("", ("train.method=ppo",), r"train\.method: .*'fpo', 'dpo' or 'simpo'"),
-    "alpha of DPO": ("", ("train.method=dpo", "train.alpha=1"), r"alpha weighs.*dpo has not"),
+    "unknown choice": ("", ("train.optimizer=sgd",), r"train\.optimizer: .*'adam', 'adamw' or"),
+    "unknown objective": (
+        "", ("train.method=tdpo",), r"unknown objective; did you mean 'tdpo\d'\? Objectives: fpo",
+    ),
+    "alpha of DPO": (
+        "", ("train.method=dpo", "train.alpha=1"), r"alpha weighs.*dpo has none.*fpo, tdpo2",
+    ),
     "gamma of FPO": ("", ("train.gamma=1",), r"train\.gamma is SimPO's"),
     "top-k beyond the cache": ("", ("train.k=300",), r"train\.k=300.*raise features\.cache_k"),
     "infinite": ("", ("train.lr=.inf",), r"train\.lr: .*finite"),

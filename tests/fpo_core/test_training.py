@@ -79,7 +79,7 @@ def train(root, output, ranks=1, **settings):
     return records, load_file(output / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize("method", ["fpo", "dpo"])
+@pytest.mark.parametrize("method", ["fpo", "dpo", "tdpo1", "tdpo2"])
 def test_first_step_is_log_2_and_training_lowers_the_loss(caches, tmp_path, method):
     records, _ = train(caches, tmp_path, method=method, epochs=6)
     assert records[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
@@ -87,6 +87,25 @@ def test_first_step_is_log_2_and_training_lowers_the_loss(caches, tmp_path, meth
     assert [record["step"] for record in records] == list(range(1, 13))
     assert records[-1]["loss"] < records[0]["loss"]
     assert records[-1]["accuracy"] == 1.0
+
+
+def test_objectives_with_a_live_reference_measure_and_hold_its_kl(caches, tmp_path):
+    free, _ = train(caches, tmp_path / "free", method="tdpo2", alpha=0.0, epochs=6)
+    held, _ = train(caches, tmp_path / "held", method="tdpo2", alpha=8.0, epochs=6)
+    for records in (free, held):
+        assert records[0]["kl_chosen"] == pytest.approx(0, abs=1e-6)
+        assert records[-1]["kl_rejected"] > 0
+    assert held[-1]["kl_rejected"] < free[-1]["kl_rejected"]
+    parts = held[-1]
+    assert parts["difference"] - parts["target_margin"] - parts["constraint"] > 0
+    simpo, _ = train(caches, tmp_path / "simpo", method="simpo_kl", epochs=6)
+    assert simpo[-1]["loss"] < simpo[0]["loss"]
+
+
+def test_sft_makes_the_chosen_responses_likelier(caches, tmp_path):
+    records, _ = train(caches, tmp_path, method="sft", epochs=6)
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert records[-1]["chosen_reward"] > 0
 
 
 def test_saved_policy_is_an_ordinary_model_and_moved(caches, tmp_path):

@@ -110,8 +110,8 @@ def test_versions_are_pinned(recipe, store):
         "features": ["attention", "cache_k", "dtype", "examples", "layer", "site", "tokens_k"],
         "train": [
             "activation_checkpointing", "alpha", "attention", "batch_size", "beta", "epochs",
-            "gamma", "k", "lr", "max_grad_norm", "method", "optimizer", "seed", "stop_gradient",
-            "warmup_steps", "zero_stage",
+            "gamma", "index_set", "k", "lr", "max_grad_norm", "method", "optimizer", "per_token",
+            "seed", "stop_gradient", "warmup_steps", "zero_stage",
         ],
         "evaluate": [
             "attention", "bootstrap", "k", "max_new_tokens", "prompts", "seed", "temperature",
