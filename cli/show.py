@@ -87,11 +87,11 @@ def print_artifacts(url: str, infos: Sequence[ArtifactInfo]) -> None:
     for info in sorted(infos, key=lambda info: info.created or "", reverse=True):
         table.add_row(
             info.name, info.state, f"{info.rows:,}" if info.rows else "", human_bytes(info.bytes),
-            _age(info.created), ", ".join(info.refs),
+            _age_of(info), ", ".join(info.refs),
         )  # fmt: skip
     console.print(table)
     for info in infos:
-        if info.state == "corrupt":
+        if info.reason:
             console.print(Text(f"{info.name}: {info.reason}"))
     if any(info.state == "corrupt" for info in infos):
         console.print("`fpo store repair` computes again what is damaged")
@@ -177,15 +177,17 @@ def print_garbage(found: Garbage, *, deleted: bool) -> None:
     if found.artifacts:
         table = _table("artifact", "state", "size", "age")
         for info in found.artifacts:
-            table.add_row(info.name, info.state, human_bytes(info.bytes), _age(info.created))
+            table.add_row(info.name, info.state, human_bytes(info.bytes), _age_of(info))
         console.print(table)
     verb = "removed" if deleted else "could be removed"
     console.print(
-        f"{len(found.artifacts)} artifacts ({human_bytes(found.bytes)}) and {len(found.runs)} old "
-        f"run records {verb}; {found.kept} artifacts are needed, {found.in_grace} more are in the "
-        f"grace period"
+        f"{len(found.artifacts)} artifacts ({human_bytes(found.bytes)}), {len(found.runs)} old run "
+        f"records and {len(found.scratch)} folders of killed runs {verb}; {found.kept} artifacts "
+        f"are needed, {found.in_grace} more are in the grace period"
     )
-    if found.artifacts and not deleted:
+    if found.busy:
+        console.print(f"{found.busy} artifacts stayed: somebody is writing or just chose them")
+    if (found.artifacts or found.scratch) and not deleted:
         console.print("`fpo store gc --delete` removes them")
 
 
@@ -197,6 +199,12 @@ def print_copied(copied: Sequence[Copied], url: str) -> None:
         table.add_row(one.name, one.state, human_bytes(one.bytes) if one.bytes else "")
     console.print(table)
     console.print(Text(f"{len(copied)} artifacts are in {url}"))
+
+
+def _age_of(info: ArtifactInfo) -> str:
+    """Since it was finished, or since something of it was last written."""
+    modified = dt.datetime.fromtimestamp(info.modified, dt.UTC).isoformat()
+    return _age(info.created or modified)
 
 
 def _age(created: str | None) -> str:

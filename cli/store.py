@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from storage.errors import StoreError
 from storage.location import DEFAULT_STORE, open_store, store_url
 
 StoreUrl = Annotated[
@@ -190,7 +191,8 @@ def gc(
         print_json(
             {
                 "deleted": delete, "artifacts": artifacts, "bytes": found.bytes,
-                "runs": found.runs, "kept": found.kept, "in_grace": found.in_grace,
+                "runs": found.runs, "scratch": [folder.name for folder in found.scratch],
+                "kept": found.kept, "in_grace": found.in_grace, "busy": found.busy,
             }
         )  # fmt: skip
     else:
@@ -207,7 +209,7 @@ def copy(
     """Copy artifacts, and all that they were made from, to another store.
 
     Verified on the way; a copy that was interrupted goes on where it stopped. Without names it
-    takes every finished artifact, and the recipes' refs with them.
+    takes every finished artifact. Refs and the records of runs that name them come along.
 
     \b
     Examples:
@@ -216,7 +218,7 @@ def copy(
     """
     from cli.show import print_copied, print_json
     from storage.catalog import find_artifact, list_artifacts
-    from storage.copy import copy_artifact, copy_refs, with_ancestors
+    from storage.copy import copy_artifact, copy_records, with_ancestors
     from tasks.transfer import bytes_progress
 
     source, destination = _open(store), open_store(target)
@@ -225,13 +227,16 @@ def copy(
     names = [find_artifact(source, name).name for name in artifacts or ()]
     chosen = with_ancestors(names or [info.name for info in infos], infos)
     with bytes_progress("copy", sum(info.bytes for info in chosen)) as done:
-        copied = [copy_artifact(source, destination, info, done) for info in chosen]
-    if not artifacts:
-        copy_refs(source, destination)
+        copied = [copy_artifact(source, destination, info, done, _tell_waiting) for info in chosen]
+    copy_records(source, destination, [one.name for one in copied], move_refs=not artifacts)
     if as_json:
         print_json([one._asdict() for one in copied])
     else:
         print_copied(copied, destination.url)
+
+
+def _tell_waiting() -> None:
+    print("another run is writing this artifact there; waiting for it", file=sys.stderr)
 
 
 def _verified(opened: Any, names: list[str] | None) -> tuple[list[Any], list[Any]]:
@@ -242,5 +247,8 @@ def _verified(opened: Any, names: list[str] | None) -> tuple[list[Any], list[Any
 
     infos = list_artifacts(opened)
     chosen = [find_artifact(opened, name) for name in names] if names else infos
+    for info in chosen if names else ():
+        if info.state == "partial":
+            raise StoreError(f"{info.name} is not finished: run its recipe again to finish it")
     with bytes_progress("verify", sum(info.bytes for info in chosen)) as done:
         return infos, verify_artifacts(opened, chosen, done)

@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,40 +39,63 @@ def repair_artifacts(store: Store, verdicts: Iterable[Verdict]) -> list[Repaired
     Raises:
         FPOError: an artifact that cannot be made again, and why; those before it are repaired.
     """
-    bad = [(verdict, _origin(store, verdict.name)) for verdict in verdicts if not verdict.ok]
-    bad.sort(key=lambda item: STAGES.index(item[1].stage))
-    return [_repair(store, verdict, origin) for verdict, origin in bad]
+    bad = [(verdict, _origins(store, verdict.name)) for verdict in verdicts if not verdict.ok]
+    bad.sort(key=lambda item: STAGES.index(item[1][0].stage))
+    return [_repair(store, verdict, origins) for verdict, origins in bad]
 
 
-def _origin(store: Store, name: str) -> _Origin:
+def _origins(store: Store, name: str) -> list[_Origin]:
+    """The runs that name an artifact, newest first: on a shared store also other people's."""
+    found = []
     for _, run in sorted(store.runs().items(), reverse=True):
-        for stage, made in run.get("artifacts", {}).items():
-            if made == name and stage in STAGES:
-                return _Origin(stage, run["settings"])
-    raise FPOError(
-        f"{name}: the store has no record of a run that made it; compute it again with `fpo run "
-        f"RECIPE --only STAGE --force` and the settings it was made with"
-    )
+        for stage, made in (run or {}).get("artifacts", {}).items():
+            if run and made == name and stage in STAGES:
+                found.append(_Origin(stage, run["settings"]))
+    if not found:
+        raise FPOError(
+            f"{name}: the store has no record of a run that made it; compute it again with `fpo "
+            f"run RECIPE --only STAGE --force` and the settings it was made with"
+        )
+    return found
 
 
-def _repair(store: Store, verdict: Verdict, origin: _Origin) -> Repaired:
-    from flows.pipeline import fpo_pipeline
-
+def _repair(store: Store, verdict: Verdict, origins: Sequence[_Origin]) -> Repaired:
+    """By the first of the runs whose model, data and settings still give the artifact."""
+    why_not: list[FPOError] = []
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "repair.yaml"
-        recipe.write_text(yaml.safe_dump(dict(origin.settings)))
-        planned = _planned_as_made(make_plan(load_recipe(str(recipe)), store), origin, verdict.name)
-        before = _former_files(store, planned)
-        with store.hold(planned.artifact, planned.version, None) as hold:
-            if hold is None:
-                raise FPOError(f"{verdict.name} is being written by another run just now")
-            store.unfinish(planned.artifact, planned.version, verdict.bad_files)
-        log.info("%s: computing again %s", verdict.name, ", ".join(verdict.bad_files) or "nothing")
-        name = origin.settings["name"]
-        pointed_at = store.ref(name, planned.artifact)
-        fpo_pipeline(recipe=str(recipe), only_stage=origin.stage, store=store.url)
-        if pointed_at:  # repairing an older artifact does not make it the recipe's latest
-            store.set_ref(name, planned.artifact, pointed_at)
+        for origin in origins:
+            # In the store that is open here, whatever store the run named.
+            settings = {**origin.settings, "store": store.backend.place}
+            recipe.write_text(yaml.safe_dump(settings))
+            try:
+                plan = make_plan(load_recipe(str(recipe)), store)
+                planned = _planned_as_made(plan, origin, verdict.name)
+            except FPOError as error:
+                why_not.append(error)
+                continue
+            return _compute_again(store, verdict, planned, recipe, str(settings["name"]))
+    raise why_not[0]
+
+
+def _compute_again(
+    store: Store, verdict: Verdict, planned: StagePlan, recipe: Path, recipe_name: str
+) -> Repaired:
+    from flows.pipeline import fpo_pipeline
+
+    before = _former_files(store, planned)
+    with store.hold(planned.artifact, planned.version, None) as hold:
+        if hold is None:
+            raise FPOError(f"{verdict.name} is being written by another run just now")
+        store.unfinish(planned.artifact, planned.version, verdict.bad_files)
+    log.info("%s: computing again %s", verdict.name, ", ".join(verdict.bad_files) or "nothing")
+    pointed_at = store.ref(recipe_name, planned.artifact)
+    try:
+        fpo_pipeline(recipe=str(recipe), only_stage=planned.stage, store=store.url)
+    finally:
+        # Repairing an older artifact does not make it the recipe's latest.
+        if pointed_at and store.ref(recipe_name, planned.artifact) == planned.version:
+            store.set_ref(recipe_name, planned.artifact, pointed_at)
     after = store.artifact(planned.artifact, planned.version).files
     return Repaired(verdict.name, tuple(sorted(verdict.bad_files)), before == dict(after))
 

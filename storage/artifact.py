@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.backend import Backend, BytesDone, FileRecord, in_parallel, not_shown
-from storage.errors import ArtifactCorrupt, FileDamaged, StoreError
+from storage.errors import ArtifactCorrupt, ArtifactMissing, FileDamaged, StoreError
 from storage.manifest import Manifest, file_records
 
 # Each is one stream, hashed as it comes: a core's work.
@@ -109,7 +109,13 @@ class Artifact:
 
     def table(self, table: str = "", shard: int = 0) -> pa.Table:
         """One shard as a table."""
-        return pq.read_table(self.shard_path(shard, table))
+        path = self.shard_path(shard, table)
+        try:
+            return pq.read_table(path)
+        except FileNotFoundError as error:
+            raise ArtifactMissing(
+                f"{self.name} was removed while it was read; run the same command again"
+            ) from error
 
     def tables(self, table: str = "") -> Iterator[pa.Table]:
         """All shards of a table, in order."""

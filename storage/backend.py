@@ -23,6 +23,10 @@ def not_shown(_bytes: int) -> None:
     """The progress callback of a caller that shows none."""
 
 
+def always() -> None:
+    """The check of a writer whose right cannot be lost."""
+
+
 class Entry(NamedTuple):
     """A stored object."""
 
@@ -62,6 +66,11 @@ class Backend(Protocol):
     scratch: Path  # a local folder for work in progress
     parallel_reads: int  # small objects worth reading at a time
 
+    @property
+    def place(self) -> dict[str, str | None]:
+        """What beside its URL it takes to open it again, as a recipe's ``store`` section has it."""
+        ...
+
     def read(self, key: str) -> bytes:
         """A small object's bytes; KeyError when it is not there."""
         ...
@@ -82,8 +91,22 @@ class Backend(Protocol):
         """Write an object at once, over an older one."""
         ...
 
-    def put_file(self, key: str, path: Path, on_bytes: BytesDone = not_shown) -> FileRecord:
-        """Move a local file into the store; what arrived is what was sent, or it raises."""
+    def put_file(
+        self,
+        key: str,
+        path: Path,
+        on_bytes: BytesDone = not_shown,
+        still_ours: Callable[[], None] = always,
+    ) -> FileRecord:
+        """Move a local file into the store; what arrived is what was sent, or it raises.
+
+        Args:
+            key: where to.
+            path: the file, which is gone afterwards.
+            on_bytes: told of bytes as they go.
+            still_ours: called before each step that could write over another run's work; raises
+                when it may have become that.
+        """
         ...
 
     def fetch(self, key: str, record: FileRecord, on_bytes: BytesDone = not_shown) -> Path:

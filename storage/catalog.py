@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from storage.backend import Entry, in_parallel
-from storage.errors import ArtifactCorrupt, ArtifactMissing, StoreError
+from storage.errors import ArtifactCorrupt, ArtifactMissing, OtherFormat, StoreError
 from storage.manifest import MANIFEST, Manifest, file_records
 from storage.store import Store
 
@@ -14,13 +14,13 @@ class ArtifactInfo(NamedTuple):
 
     stage: str
     version: str
-    state: Literal["complete", "partial", "corrupt"]
+    state: Literal["complete", "partial", "corrupt", "other format"]
     rows: int | None
     bytes: int
     created: str | None  # when it was finished
     modified: float  # of its newest file, seconds since 1970
     refs: tuple[str, ...]  # recipes
-    reason: str = ""  # why it is corrupt
+    reason: str = ""  # why it is neither complete nor partial
     inputs: Mapping[str, str] | None = None
 
     @property
@@ -37,8 +37,9 @@ def list_artifacts(store: Store) -> list[ArtifactInfo]:
     """
     files: dict[tuple[str, str], dict[str, Entry]] = {}
     for entry in store.backend.list("artifacts/"):
-        _, stage, version, inner = entry.key.split("/", 3)
-        files.setdefault((stage, version), {})[inner] = entry
+        parts = entry.key.split("/", 3)
+        if len(parts) == 4:  # else a stray file beside the artifacts
+            files.setdefault((parts[1], parts[2]), {})[parts[3]] = entry
     refs: dict[tuple[str, str], list[str]] = {}
     for ref in store.refs():
         if ref.version:
@@ -62,8 +63,9 @@ def _info(
         manifest = store.artifact(stage, version).manifest
     except ArtifactMissing:  # removed while we looked
         return ArtifactInfo(stage, version, "partial", None, size, None, modified, refs)
-    except ArtifactCorrupt as error:
-        return ArtifactInfo(stage, version, "corrupt", None, size, None, modified, refs, str(error))
+    except (ArtifactCorrupt, OtherFormat) as error:
+        state = "corrupt" if isinstance(error, ArtifactCorrupt) else "other format"
+        return ArtifactInfo(stage, version, state, None, size, None, modified, refs, str(error))
     reason = _missing_or_cut(manifest, inside)
     return ArtifactInfo(
         stage, version, "corrupt" if reason else "complete", manifest["rows"], manifest["bytes"],

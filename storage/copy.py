@@ -8,6 +8,7 @@ from storage.artifact import Artifact, artifact_key
 from storage.catalog import ArtifactInfo
 from storage.lineage import reachable
 from storage.manifest import MANIFEST
+from storage.runs import newest_run_of
 from storage.store import Store
 
 
@@ -28,7 +29,11 @@ def with_ancestors(names: Iterable[str], infos: Iterable[ArtifactInfo]) -> list[
 
 
 def copy_artifact(
-    source: Store, target: Store, info: ArtifactInfo, on_bytes: Callable[[int], None]
+    source: Store,
+    target: Store,
+    info: ArtifactInfo,
+    on_bytes: Callable[[int], None],
+    on_wait: Callable[[], None] = lambda: None,
 ) -> Copied:
     """Copy one artifact; what an interrupted copy finished is not sent again.
 
@@ -37,21 +42,24 @@ def copy_artifact(
         target: where it goes.
         info: which.
         on_bytes: told of bytes as they are stored.
+        on_wait: called when another run is writing it there and this one begins to wait.
 
     Raises:
         ArtifactCorrupt: a file of the source is damaged; nothing of it is committed.
     """
     artifact = source.artifact(info.stage, info.version)
     moved = 0
-    with target.hold(info.stage, info.version, lambda: None) as hold:
+    with target.hold(info.stage, info.version, on_wait) as hold:
         assert hold is not None
         if target.state(info.stage, info.version) == "complete":
             on_bytes(artifact.manifest["bytes"])
             return Copied(info.name, "there already", 0)
         target.writer(info.stage, info.version, hold)
-        stored = target.backend.intact({artifact.key(f): r for f, r in artifact.files.items()})
+        there = target.backend.intact({artifact.key(f): r for f, r in artifact.files.items()})
         for file, record in artifact.files.items():
-            if artifact.key(file) in stored:
+            key = artifact.key(file)
+            # Another attempt's file may be there, of the same size: every byte counts.
+            if key in there and target.backend.damage(key, record) is None:
                 on_bytes(record.bytes)
                 continue
             hold.check()
@@ -76,8 +84,25 @@ def _copy_file(
         staged.unlink(missing_ok=True)
 
 
-def copy_refs(source: Store, target: Store) -> None:
-    """Point the target's refs at what the source's point at, where that was copied."""
+def copy_records(source: Store, target: Store, names: Iterable[str], *, move_refs: bool) -> None:
+    """Take along what refers to copied artifacts: refs, and the newest run that names each.
+
+    Without them a clean-up of the target would remove the copies, and nothing could repair them.
+
+    Args:
+        source: where they were copied from.
+        target: where they are now.
+        names: of the artifacts that were copied.
+        move_refs: whether refs that the target has already follow the source's.
+    """
+    copied = set(names)
     for ref in source.refs():
-        if ref.version and target.state(ref.stage, ref.version) == "complete":
-            target.set_ref(ref.recipe, ref.stage, ref.version)
+        known = ref.version and f"{ref.stage}/{ref.version}" in copied
+        if known and (move_refs or target.ref(ref.recipe, ref.stage) is None):
+            target.set_ref(ref.recipe, ref.stage, str(ref.version))
+    runs = source.runs()
+    there = target.runs()
+    for run_id in set(newest_run_of(runs, copied).values()) - set(there):
+        record = runs[run_id]
+        assert record is not None
+        target.put_run(run_id, record)

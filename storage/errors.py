@@ -23,6 +23,10 @@ class ArtifactCorrupt(StoreError):
         self.artifact, self.version = artifact, version
 
 
+class OtherFormat(StoreError):
+    """A manifest that another version of this program wrote; nothing is wrong with it."""
+
+
 class FileDamaged(StoreError):
     """One stored object that is not what was written; the message is the reason alone."""
 

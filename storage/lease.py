@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from storage.backend import Entry
 from storage.errors import HoldLost, StoreError
 from storage.processes import is_gone, this_process
 
 RENEW_SECONDS, STALE_SECONDS, POLL_SECONDS = 10.0, 60.0, 1.0
+ABANDONED_SECONDS = 900.0
 _SAFE_SECONDS = STALE_SECONDS * 2 / 3
 
 
@@ -37,6 +39,10 @@ class ConditionalStore(Protocol):
         ...
 
     def delete(self, keys: Iterable[str]) -> None:
+        """See Backend."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[Entry]:
         """See Backend."""
         ...
 
@@ -73,12 +79,20 @@ class Lease:
         self._released = threading.Event()
         self._renewing = threading.Lock()
 
+    def _is_old(self) -> bool:
+        """Whether a holder has not renewed for so long that no clock's error explains it."""
+        entry = next(iter(self._store.list(self._key)), None)
+        return entry is not None and time.time() - entry.modified > ABANDONED_SECONDS
+
     def acquire(self, on_wait: Callable[[], None] | None) -> bool:
         """Take the lease; waits for another holder, or returns False where ``on_wait`` is None."""
         watched = _Watched()
         while not self._take(watched):
             if on_wait is None:
-                return False
+                # No time to watch it; one that a dead machine left is seen by its age.
+                if not (self._is_old() and self._take(watched, whatever_it_is=True)):
+                    return False
+                break
             if not watched.told:
                 on_wait()
                 watched.told = True
@@ -86,14 +100,14 @@ class Lease:
         threading.Thread(target=self._keep, daemon=True, name="fpo-lease").start()
         return True
 
-    def _take(self, watched: "_Watched") -> bool:
+    def _take(self, watched: "_Watched", *, whatever_it_is: bool = False) -> bool:
         started = _now()
         data = self._data()
         taken = self._store.create(self._key, data)
         if not taken:
             found = self._store.read_with_etag(self._key)
             # Where it is gone by now, the next round creates it.
-            if found and watched.is_stale(*found):
+            if found and (whatever_it_is or watched.is_stale(*found)):
                 taken = self._store.replace(self._key, data, found[1])
         if taken:
             self._renewed = started

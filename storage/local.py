@@ -11,7 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from storage.backend import BytesDone, Entry, FileRecord, check_key, check_prefix, not_shown
+from storage.backend import (
+    BytesDone,
+    Entry,
+    FileRecord,
+    always,
+    check_key,
+    check_prefix,
+    not_shown,
+)
 from storage.errors import FileDamaged, StoreError, StoreUnwritable
 from storage.locks import file_lock
 
@@ -31,6 +39,11 @@ class LocalBackend:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.scratch = root / "scratch"
+
+    @property
+    def place(self) -> dict[str, str | None]:
+        """See Backend."""
+        return {}
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
@@ -81,7 +94,13 @@ class LocalBackend:
             temporary.replace(path)
             _sync_folder(path.parent)
 
-    def put_file(self, key: str, path: Path, on_bytes: BytesDone = not_shown) -> FileRecord:
+    def put_file(
+        self,
+        key: str,
+        path: Path,
+        on_bytes: BytesDone = not_shown,
+        still_ours: Callable[[], None] = always,
+    ) -> FileRecord:
         """See Backend. Renamed into place, or copied from another file system."""
         target = self._path(key)
         with self._temporary(target) as temporary:
@@ -92,6 +111,7 @@ class LocalBackend:
                     hashlib.file_digest(stream, "sha256").hexdigest(),
                 )
                 os.fsync(stream.fileno())
+            still_ours()
             temporary.replace(target)
             _sync_folder(target.parent)
         on_bytes(record.bytes)

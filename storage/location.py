@@ -4,7 +4,6 @@ Backends are imported when they are opened: boto3 and pyarrow take their time, a
 needs neither.
 """
 
-import hashlib
 import os
 import re
 from pathlib import Path
@@ -74,15 +73,13 @@ def _open_s3(url: str, options: "S3Options") -> "Store":
         )
     bucket, _, prefix = place.partition("/")
     if not _BUCKET.match(bucket):
-        raise StoreError(f"store {url!r}: {bucket!r} is no bucket name; write s3://bucket/prefix")
+        # Not repeated: it may be a key and a secret.
+        raise StoreError("the store's URL names no bucket; write s3://bucket/prefix")
     if prefix:
         check_key(prefix)
     from storage.cache import ReadCache, cache_folder, cache_limit
     from storage.s3 import S3Backend
     from storage.store import Store
 
-    # Two stores never share work in progress.
-    mark = hashlib.sha256(f"{options.endpoint} {place}".encode()).hexdigest()[:12]
     cache = ReadCache(cache_folder() / "store-files", cache_limit())
-    scratch = cache_folder() / "scratch" / mark
-    return Store(url, S3Backend(bucket, prefix, options, cache, scratch))
+    return Store(url, S3Backend(bucket, prefix, options, cache, cache_folder() / "scratch"))

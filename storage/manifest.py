@@ -7,13 +7,18 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from storage.backend import FileRecord
-from storage.errors import ArtifactCorrupt
+from storage.errors import ArtifactCorrupt, OtherFormat
 from storage.version import artifact_version, canonical_json
 
 MANIFEST = "manifest.json"
 FORMAT, FORMAT_VERSION = "fpo-artifact", 2
 
 Manifest = Mapping[str, Any]
+
+_FIELDS = {
+    "stage", "version", "schema_version", "created", "inputs", "recipe", "rows", "bytes", "files",
+    "stats", "seconds", "provenance",
+}  # fmt: skip
 
 
 class Made(NamedTuple):
@@ -79,7 +84,8 @@ def read_manifest(data: bytes, stage: str, version: str) -> Manifest:
     """Parse and check a manifest.
 
     Raises:
-        ArtifactCorrupt: not JSON, of another artifact, of another format, or changed since.
+        ArtifactCorrupt: not JSON, of another artifact, or changed since.
+        OtherFormat: written by another version of this program.
     """
     name = f"{stage}/{version}"
 
@@ -93,13 +99,19 @@ def read_manifest(data: bytes, stage: str, version: str) -> Manifest:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise corrupt("is no manifest")
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise corrupt(
-            f"has format version {manifest.get('format_version')}, this program reads "
-            f"{FORMAT_VERSION}"
+        raise OtherFormat(
+            f"{name} has format version {manifest.get('format_version')}, this program reads "
+            f"{FORMAT_VERSION}: use the version of the project that wrote it, or compute it again "
+            f"with --force"
         )
     if (manifest.get("stage"), manifest.get("version")) != (stage, version):
         raise corrupt("is that of another artifact")
-    if _seal(manifest) != manifest.get("seal"):
+    try:
+        whole = _seal(manifest) == manifest.get("seal")
+        file_records(manifest)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        whole = False  # what no manifest of ours has: NaN, half a character, no files
+    if not whole or not set(manifest) >= _FIELDS:
         raise corrupt("was changed after it was written")
     return manifest
 

@@ -19,8 +19,15 @@ def is_gone(identity: str | None) -> bool:
     place, _, process = identity.rpartition(" ")
     if place != here.rpartition(" ")[0]:
         return False
-    pid = process.partition(":")[0]
-    return not pid.isdigit() or _identity(int(pid)) != identity
+    pid = int(process.partition(":")[0])
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # another user's, and alive
+    found = _identity(pid)  # None where another user's processes are hidden: then it may be alive
+    return found is not None and found != identity
 
 
 def _identity(pid: int) -> str | None:
@@ -32,7 +39,6 @@ def _identity(pid: int) -> str | None:
         return None
     # The name in parentheses may hold anything; field 3 (the state) comes after it.
     fields = stat.rpartition(")")[2].split()
-    if fields[0] in "ZX":  # ended, and only not yet waited for
-        return None
-    started = fields[19]
+    # Z and X: ended, and only not yet waited for.
+    started = "ended" if fields[0] in "ZX" else fields[19]
     return f"{boot} {namespace} {pid}:{started}"

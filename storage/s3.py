@@ -10,7 +10,17 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from storage.backend import BytesDone, Entry, FileRecord, Hold, check_key, check_prefix, not_shown
+from storage.backend import (
+    BytesDone,
+    Entry,
+    FileRecord,
+    Hold,
+    always,
+    check_key,
+    check_prefix,
+    in_parallel,
+    not_shown,
+)
 from storage.cache import ReadCache
 from storage.errors import StoreError
 from storage.lease import lease
@@ -24,7 +34,6 @@ from storage.s3_errors import (
 )
 from storage.s3_files import S3Files
 
-_DELETE_BATCH = 1000
 _MARK = "fpo-write"  # metadata of conditional writes, by which the writer knows its own
 
 
@@ -36,7 +45,7 @@ class S3Backend:
         prefix: of all keys, without slashes at its ends; may be empty.
         options: where the service is.
         cache: local copies of files.
-        scratch: a local folder for work in progress.
+        scratch: a local folder below which this store's work in progress goes.
     """
 
     parallel_reads = 16
@@ -44,14 +53,21 @@ class S3Backend:
     def __init__(
         self, bucket: str, prefix: str, options: S3Options, cache: ReadCache, scratch: Path
     ) -> None:
-        self.scratch = scratch
         self._prefix = f"{prefix}/" if prefix else ""
         self._bucket = Bucket(bucket, self._prefix, options)
+        # Two stores never share work in progress, in whatever service they are.
+        place = f"{self._bucket.endpoint} {bucket} {prefix}"
+        self.scratch = scratch / hashlib.sha256(place.encode()).hexdigest()[:12]
         self._files = S3Files(self._bucket)
         self._cache = cache
 
     def _key(self, key: str) -> str:
         return self._prefix + check_key(key)
+
+    @property
+    def place(self) -> dict[str, str | None]:
+        """Endpoint and region, as a recipe's ``store`` section names them."""
+        return {"endpoint": self._bucket.endpoint, "region": self._bucket.region}
 
     def read(self, key: str) -> bytes:
         """See Backend."""
@@ -76,7 +92,7 @@ class S3Backend:
             Bucket=self._bucket.name, Key=name, ChecksumMode="ENABLED"
         )
         data, etag = b"".join(blocks(answer)), answer["ETag"]
-        if "ChecksumSHA256" not in answer and _is_md5(etag) and etag.strip('"') != _md5(data):
+        if "ChecksumSHA256" not in answer and _is_md5(answer) and etag.strip('"') != _md5(data):
             raise BrokenAnswerError("the body is not what its ETag says")
         return data, etag
 
@@ -130,9 +146,16 @@ class S3Backend:
         with self._bucket.in_words():
             self._bucket.client.put_object(Bucket=self._bucket.name, Key=name, Body=data)
 
-    def put_file(self, key: str, path: Path, on_bytes: BytesDone = not_shown) -> FileRecord:
+    def put_file(
+        self,
+        key: str,
+        path: Path,
+        on_bytes: BytesDone = not_shown,
+        still_ours: Callable[[], None] = always,
+    ) -> FileRecord:
         """See Backend. In parallel parts where it is large."""
-        record = self._files.upload(self._key(key), path, on_bytes)
+        with self._bucket.guarded(self._key(key), still_ours):
+            record = self._files.upload(self._key(key), path, on_bytes)
         path.unlink()
         return record
 
@@ -168,7 +191,8 @@ class S3Backend:
             page = self._page(check_prefix(prefix), token)
             for item in page.get("Contents", ()):
                 key = item["Key"].removeprefix(self._prefix)
-                yield Entry(key, item["Size"], item["LastModified"].timestamp())
+                if key and not key.endswith("/"):  # a console's mark of a folder
+                    yield Entry(key, item["Size"], item["LastModified"].timestamp())
             if not page.get("IsTruncated"):
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
@@ -182,22 +206,14 @@ class S3Backend:
             )
 
     def delete(self, keys: Iterable[str]) -> None:
-        """See Backend."""
-        names = [{"Key": self._key(key)} for key in keys]
-        for start in range(0, len(names), _DELETE_BATCH):
-            batch = {"Objects": names[start : start + _DELETE_BATCH], "Quiet": True}
-            with self._bucket.in_words():
-                answer = again(
-                    lambda batch=batch: self._bucket.client.delete_objects(
-                        Bucket=self._bucket.name, Delete=batch
-                    )
-                )
-            refused = [e for e in answer.get("Errors", ()) if e.get("Code") != "NoSuchKey"]
-            if refused:
-                raise StoreError(
-                    f"bucket {self._bucket.name!r}: {len(refused)} objects could not be deleted "
-                    f"({refused[0].get('Code')})"
-                )
+        """See Backend. One by one: what a batch has to carry, not every service agrees on."""
+        names = [self._key(key) for key in keys]
+        with self._bucket.in_words():
+            in_parallel(
+                self,
+                lambda name: self._bucket.client.delete_object(Bucket=self._bucket.name, Key=name),
+                names,
+            )
 
     def hold(
         self, name: str, on_wait: Callable[[], None] | None
@@ -250,8 +266,12 @@ class S3Backend:
         return True
 
 
-def _is_md5(etag: str) -> bool:
-    return len(etag.strip('"')) == 32
+def _is_md5(answer: Mapping[str, Any]) -> bool:
+    """Whether the ETag is the content's MD5: an object in parts or under KMS has another."""
+    encrypted = answer.get("SSECustomerAlgorithm") or "kms" in answer.get(
+        "ServerSideEncryption", ""
+    )
+    return len(answer["ETag"].strip('"')) == 32 and not encrypted
 
 
 def _md5(data: bytes) -> str:

@@ -1,7 +1,7 @@
 """One bucket of an S3 service: the client that talks to it, and how long it is asked."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import tenacity
@@ -39,7 +39,13 @@ class Bucket:
         self.name, self._prefix, self._options = name, prefix, options
         self._patient = make_client(options)
         self.endpoint: str = self._patient.meta.endpoint_url
+        self.region: str = self._patient.meta.region_name
         self._met = False
+        self._guards: dict[str, Callable[[], None]] = {}
+        events = self._patient.meta.events
+        for operation in ("PutObject", "CompleteMultipartUpload"):
+            events.register(f"before-parameter-build.s3.{operation}", self._choose_guard)
+            events.register(f"request-created.s3.{operation}", _ask_guard)
 
     @property
     def client(self) -> Any:
@@ -54,9 +60,31 @@ class Bucket:
             self._met = True
         return self._patient
 
+    @contextmanager
+    def guarded(self, name: str, still_ours: Callable[[], None]) -> Iterator[None]:
+        """Have every attempt to write the object ask first whether it is still ours to write.
+
+        Asked where the object would change, so that a run that was cut off in the middle of an
+        upload cannot end it over what its successor wrote.
+        """
+        self._guards[name] = still_ours
+        try:
+            yield
+        finally:
+            del self._guards[name]
+
+    def _choose_guard(self, params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
+        context["fpo_guard"] = self._guards.get(params["Key"])
+
     def in_words(self) -> AbstractContextManager[None]:
         """A context in which boto3's errors become StoreErrors."""
         return told_in_words(self.name, self.endpoint)
+
+
+def _ask_guard(request: Any, **_: Any) -> None:
+    guard = request.context.get("fpo_guard")
+    if guard is not None:
+        guard()
 
 
 def again(call: Callable[[], T]) -> T:

@@ -9,6 +9,7 @@ own checksums travel as a trailer, which some S3 services store as part of the o
 """
 
 import base64
+import functools
 import hashlib
 import os
 import random
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 from boto3.session import Session
 from botocore.config import Config
-from botocore.exceptions import ProfileNotFound
+from botocore.exceptions import BotoCoreError, ProfileNotFound
 from urllib3.exceptions import HTTPError as BrokenOffError
 
 from storage.errors import StoreError
@@ -48,12 +49,23 @@ def make_client(options: S3Options) -> Any:
         StoreError: an endpoint that is not an http(s) address, or that holds credentials.
     """
     try:
-        session = Session()
+        return _client(options)
     except ProfileNotFound:
         raise StoreError(
             "the AWS profile that AWS_PROFILE names is not in the AWS configuration; correct it, "
             "or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         ) from None
+    except (BotoCoreError, ValueError) as error:
+        # Its words can hold what is in the configuration.
+        raise StoreError(
+            f"the AWS configuration cannot be used ({type(error).__name__}); look at "
+            f"AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (both or "
+            f"neither), and ~/.aws/config"
+        ) from None
+
+
+def _client(options: S3Options) -> Any:
+    session = _session(frozenset(i for i in os.environ.items() if i[0].startswith("AWS_")))
     region = options.region or os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
     endpoint = options.endpoint or _endpoint_of_environment()
     if endpoint and ("@" in endpoint or not endpoint.startswith(("http://", "https://"))):
@@ -77,6 +89,12 @@ def make_client(options: S3Options) -> Any:
         events.register(f"before-parameter-build.s3.{operation}", _add_sha256)
     events.register("needs-retry.s3", _Resend(options.max_attempts))
     return client
+
+
+@functools.lru_cache(maxsize=4)
+def _session(_environment: frozenset[tuple[str, str]]) -> Session:
+    """One session for an environment: a role is assumed once, a code for it asked once."""
+    return Session()
 
 
 def _endpoint_of_environment() -> str | None:

@@ -11,6 +11,7 @@ from boto3.exceptions import RetriesExceededError, S3UploadFailedError
 from botocore import exceptions as aws
 from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
+from s3transfer.exceptions import S3DownloadFailedError, S3ValidationError
 from urllib3.exceptions import HTTPError as BrokenOffError
 
 from storage.errors import StoreError, StoreUnwritable
@@ -39,6 +40,10 @@ _FULL = {
 }
 
 
+# What the transfer manager raises: the body broke off too often, or the object was rewritten.
+_BROKEN_TRANSFER = (RetriesExceededError, S3DownloadFailedError, S3ValidationError)
+
+
 def code_of(error: ClientError) -> str:
     """The service's error code; the HTTP status where the answer had no body (HEAD)."""
     return str(error.response.get("Error", {}).get("Code", ""))
@@ -64,7 +69,7 @@ def is_broken(error: BaseException) -> bool:
     if isinstance(cause, ClientError):
         return code_of(cause) in _LOST_UPLOAD
     return isinstance(
-        cause, (BrokenAnswerError, BrokenOffError, RetriesExceededError, ResponseParserError)
+        cause, (*_BROKEN_TRANSFER, BrokenAnswerError, BrokenOffError, ResponseParserError)
     )
 
 
@@ -89,7 +94,7 @@ def told_in_words(bucket: str, endpoint: str) -> Iterator[None]:
             raise
         raise explain_refusal(error, bucket, endpoint) from None
     except (
-        aws.BotoCoreError, ResponseParserError, S3UploadFailedError, RetriesExceededError,
+        *_BROKEN_TRANSFER, aws.BotoCoreError, ResponseParserError, S3UploadFailedError,
         ConnectionError, TimeoutError, BrokenAnswerError, BrokenOffError,
     ) as error:  # fmt: skip
         raise explain_failure(error, bucket, endpoint) from None
@@ -145,6 +150,8 @@ def explain_failure(error: Exception, bucket: str, endpoint: str) -> StoreError:
     where = f"bucket {bucket!r} at {endpoint}"
     if isinstance(cause, (aws.NoCredentialsError, aws.PartialCredentialsError)):
         return StoreError(f"{where}: no credentials found; {_CREDENTIALS}")
+    if isinstance(cause, (aws.SSOError, aws.TokenRetrievalError)):
+        return StoreError(f"{where}: the sign-in has expired; run `aws sso login` and try again")
     if isinstance(cause, aws.CredentialRetrievalError):
         return StoreError(f"{where}: the credentials could not be fetched; {_CREDENTIALS}")
     if isinstance(cause, aws.ParamValidationError):

@@ -50,7 +50,7 @@ class S3Files:
         Raises:
             StoreError: it cannot be sent, or did not arrive whole.
         """
-        record = _record(path)
+        record, in_parts = _digests(path)
         with self._bucket.in_words():
             again(
                 lambda: self._bucket.client.upload_file(
@@ -58,12 +58,12 @@ class S3Files:
                     ExtraArgs={"ChecksumAlgorithm": "SHA256"}, Config=self._parts,
                 )
             )  # fmt: skip
-            reason = self._arrival_fault(name, record)
+            reason = self._arrival_fault(name, record, in_parts)
         if reason:
             raise StoreError(f"{name} did not arrive whole at {self._bucket.endpoint}: {reason}")
         return record
 
-    def _arrival_fault(self, name: str, record: FileRecord) -> str | None:
+    def _arrival_fault(self, name: str, record: FileRecord, in_parts: str) -> str | None:
         """Ask what arrived; where the service keeps no sha256, read all of it back."""
         head = self._bucket.client.head_object(
             Bucket=self._bucket.name, Key=name, ChecksumMode="ENABLED"
@@ -73,9 +73,8 @@ class S3Files:
             return self.damage(name, record)
         if head["ContentLength"] != record.bytes:
             return f"it has {head['ContentLength']} bytes, sent were {record.bytes}"
-        if "-" not in kept and base64.b64decode(kept).hex() != record.sha256:
-            return "its sha256 is not that of what was sent"
-        return None  # of an object in parts each part was verified as it came
+        sent = in_parts if "-" in kept else base64.b64encode(bytes.fromhex(record.sha256)).decode()
+        return None if kept == sent else "its sha256 is not that of what was sent"
 
     def download(
         self, name: str, record: FileRecord, target: Path, on_bytes: BytesDone = not_shown
@@ -148,7 +147,16 @@ class S3Files:
         raise FileDamaged("it arrives differently each time; something damages data on its way")
 
 
-def _record(path: Path) -> FileRecord:
+def _digests(path: Path) -> tuple[FileRecord, str]:
+    """A file's record, and S3's own checksum of an object in parts: of the parts' checksums."""
+    whole, parts, size = hashlib.sha256(), [], path.stat().st_size
     with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return FileRecord(path.stat().st_size, digest)
+        while block := stream.read(BLOCK_BYTES):
+            whole.update(block)
+            if size >= PART_BYTES:
+                if (stream.tell() - len(block)) % PART_BYTES == 0:
+                    parts.append(hashlib.sha256())
+                parts[-1].update(block)
+    of_parts = hashlib.sha256(b"".join(part.digest() for part in parts)).digest()
+    in_parts = f"{base64.b64encode(of_parts).decode()}-{len(parts)}"
+    return FileRecord(size, whole.hexdigest()), in_parts

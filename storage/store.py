@@ -50,8 +50,14 @@ class Store:
             StoreError: naming the store and what to do.
         """
         mark = f"writable-{uuid.uuid4().hex}.tmp"
-        self.backend.put(mark, b"")
+        self.backend.create(mark, b"1")
+        written_over = self.backend.create(mark, b"2")
         self.backend.delete([mark])
+        if written_over:
+            raise StoreError(
+                f"the store {self.url!r} ignores the condition of a conditional write, without "
+                f"which two runs can damage each other's work; use another service"
+            )
 
     def state(self, stage: str, version: str) -> State:
         """Whether an artifact is there."""
@@ -144,31 +150,34 @@ class Store:
         """All refs."""
         found = []
         for entry in self.backend.list("refs/"):
-            recipe, _, name = entry.key.removeprefix("refs/").partition("/")
+            _, recipe, *inner = entry.key.split("/")
+            if len(inner) != 1 or not inner[0].endswith(".json"):
+                continue  # a stray file
             try:
                 version = _version(self.backend.read(entry.key))
             except KeyError as error:
                 raise StoreError(f"the ref {entry.key} went away while it was read") from error
-            found.append(Ref(recipe, name.removesuffix(".json"), version))
+            found.append(Ref(recipe, inner[0].removesuffix(".json"), version))
         return found
 
     def put_run(self, run_id: str, record: dict[str, Any]) -> None:
         """Record a pipeline run, or what became of it."""
         self.backend.put(f"runs/{check_key(run_id)}.json", json_bytes(record))
 
-    def runs(self, but: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-        """The recorded runs by id, ``but`` these; one that cannot be read is left out."""
-        found: dict[str, dict[str, Any]] = {}
+    def runs(self, but: Collection[str] = ()) -> dict[str, dict[str, Any] | None]:
+        """The recorded runs by id, ``but`` these; None for one that cannot be read."""
+        found: dict[str, dict[str, Any] | None] = {}
         for entry in self.backend.list("runs/"):
             run_id = entry.key.removeprefix("runs/").removesuffix(".json")
-            if run_id in but:
+            if run_id in but or "/" in run_id or not entry.key.endswith(".json"):
                 continue
             try:
                 value = json.loads(self.backend.read(entry.key))
-            except (KeyError, ValueError):
-                continue
-            if isinstance(value, dict):
-                found[run_id] = value
+            except KeyError:
+                continue  # removed while we looked
+            except ValueError:
+                value = None
+            found[run_id] = value if isinstance(value, dict) else None
         return found
 
 

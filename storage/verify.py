@@ -27,14 +27,15 @@ class Verdict(NamedTuple):
 def verify_artifacts(
     store: Store, infos: Iterable[ArtifactInfo], on_bytes: Callable[[int], None]
 ) -> list[Verdict]:
-    """Verify finished artifacts; partial ones are left out, as nothing reads them.
+    """Verify finished artifacts; partial ones are left out, and those of another format.
 
     Args:
         store: the store.
         infos: which artifacts.
         on_bytes: told of bytes as they were read.
     """
-    return [_verify(store, info, on_bytes) for info in infos if info.state != "partial"]
+    unread = ("partial", "other format")
+    return [_verify(store, info, on_bytes) for info in infos if info.state not in unread]
 
 
 def _verify(store: Store, info: ArtifactInfo, on_bytes: Callable[[int], None]) -> Verdict:

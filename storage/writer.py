@@ -168,7 +168,7 @@ class ArtifactWriter:
 
     def _put(self, name: str, path: Path, on_bytes: BytesDone) -> FileRecord:
         self._hold.check()
-        return self._backend.put_file(self._data_key(name), path, on_bytes)
+        return self._backend.put_file(self._data_key(name), path, on_bytes, self._hold.check)
 
     def scratch(self) -> Path:
         """A local folder for work in progress; what a killed run left in it is still there."""

@@ -21,7 +21,7 @@ from fpo_core.recipe import Recipe, load_recipe
 from fpo_core.sae.source import sae_folder
 from storage.artifact import Artifact
 from storage.backend import Hold
-from storage.errors import StoreError
+from storage.errors import ArtifactMissing, StoreError
 from storage.location import open_store, store_url
 from storage.manifest import Made
 from storage.provenance import provenance
@@ -250,12 +250,14 @@ def prepare_run(
 
 def recipe_store(recipe: Recipe, given: str | None) -> Store:
     """The store that a recipe's runs use, unless the command or ``FPO_STORE`` names another."""
-    place = recipe.store
-    return open_store(store_url(given, place.url), endpoint=place.endpoint, region=place.region)
+    place, url = recipe.store, store_url(given, recipe.store.url)
+    if place.url not in (None, url):
+        return open_store(url)  # the recipe's endpoint is that of its own store
+    return open_store(url, endpoint=place.endpoint, region=place.region)
 
 
 def _never(_writer: ArtifactWriter) -> Work:
-    raise AssertionError("the stage is done: it has nothing to compute")
+    raise ArtifactMissing("an artifact was removed just now; run the same command again")
 
 
 def _outcome(

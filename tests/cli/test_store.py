@@ -200,6 +200,11 @@ def test_a_recipe_names_its_store(fpo, finished_run, on_s3, seaweed, tmp_path, m
     result = fpo("run", recipe, "--only", "tokenize")
     assert result.code == 0, result.err
     assert f"store {on_s3} (new)" in result.err
+    # The endpoint is that of the recipe's own store, not of one that the command names.
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    elsewhere = fpo("run", recipe, "--only", "tokenize", "--store", f"{on_s3}-other")
+    assert elsewhere.code == 1
+    assert "at http://127.0.0.1:9 cannot be reached" in elsewhere.err
     # Where the artifacts are is no part of what they are.
     here = fpo("plan", recipe, "--store", finished_run.store)
     assert here.out.count("reuse") == 5

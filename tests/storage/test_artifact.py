@@ -14,7 +14,8 @@ import pytest
 
 from storage.backend import FileRecord
 from storage.catalog import find_artifact, list_artifacts
-from storage.errors import ArtifactCorrupt, ArtifactMissing, HoldLost, StoreError
+from storage.errors import ArtifactCorrupt, ArtifactMissing, HoldLost, OtherFormat, StoreError
+from storage.gc import find_garbage
 from storage.location import open_store
 from storage.manifest import read_manifest, sealed
 from storage.store import Store
@@ -136,10 +137,9 @@ def test_two_swapped_shards_are_found(store, place):
         (lambda _: "[]", "is no manifest"),
         (lambda text: text.replace(VERSION, "f" * 16), "is that of another artifact"),
         (lambda text: text.replace('"answer": 42', '"answer": 43'), "was changed after it was"),
-        (
-            lambda text: text.replace('"format_version": 2', '"format_version": 9'),
-            "has format version 9, this",
-        ),
+        (lambda text: text.replace('"answer": 42', '"answer": NaN'), "was changed after it was"),
+        (lambda text: text.replace('"answer": 42', '"a": "\\ud800"'), "was changed after it was"),
+        (lambda text: text.replace('"files":', '"filed":'), "was changed after it was"),
     ],
 )
 def test_a_manifest_edited_by_hand_is_refused(store, place, edit, message):
@@ -153,6 +153,22 @@ def test_a_manifest_edited_by_hand_is_refused(store, place, edit, message):
     (info,) = list_artifacts(store)
     assert info.state == "corrupt"
     assert message in info.reason
+
+
+def test_another_format_is_no_damage(store, place):
+    """What a newer program wrote is left alone: neither verified nor repaired nor collected."""
+    make(store)
+    key = f"{KEY}/manifest.json"
+    newer = place.read(key).replace(b'"format_version": 2', b'"format_version": 9')
+    place.write(key, newer)
+    with pytest.raises(OtherFormat, match="format version 9, this program reads 2"):
+        store.artifact("reference", VERSION)
+    (info,) = list_artifacts(store)
+    assert info.state == "other format"
+    assert verify_artifacts(store, [info], lambda _: None) == []
+    store.set_ref("mine", "reference", VERSION)
+    with pytest.raises(StoreError, match="nothing is removed"):
+        find_garbage(store, grace_hours=0)
 
 
 def test_a_manifest_sealed_anew_does_not_fit_its_version(store, place):
@@ -321,11 +337,30 @@ with store.hold("reference", VERSION, lambda: None) as hold:
     assert ids == [f"{n:016x}" for n in range(120)]
 
 
+def test_a_service_that_ignores_conditions_is_refused(store, monkeypatch):
+    """Some take If-None-Match and write all the same."""
+    put = store.backend.put
+    monkeypatch.setattr(store.backend, "create", lambda key, data: put(key, data) or True)
+    with pytest.raises(StoreError, match="ignores the condition of a conditional write"):
+        store.check_writable()
+    assert list(store.backend.list("")) == []
+
+
+def test_an_artifact_that_is_removed_while_it_is_read(tmp_path):
+    store = open_store(tmp_path / "store")
+    artifact = make(store)
+    artifact.shard_path(0)
+    store.discard("reference", VERSION)
+    with pytest.raises(ArtifactMissing, match="was removed while it was read"):
+        artifact.table(shard=0)
+
+
 def test_other_kinds_of_urls_are_refused_in_words():
     for url, message in (
         ("ftp://host/path", "stores are folders"),
         ("s3://key:secret@bucket/p", "credentials belong in"),
-        ("s3://Bad_Bucket/p", "is no bucket name"),
+        ("s3://Bad_Bucket/p", "names no bucket"),
+        ("s3://AKIAKEY:secret/p", "names no bucket"),
         ("s3://bucket/../other", "not a name in a store"),
         ("file://relative", "three slashes"),
         ("a\nb", "control characters"),

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from storage.catalog import list_artifacts
-from storage.copy import copy_artifact, copy_refs, with_ancestors
+from storage.copy import copy_artifact, copy_records, with_ancestors
 from storage.errors import ArtifactCorrupt, StoreError
 from storage.gc import find_garbage, remove_garbage
 from storage.lineage import Node, ancestors, descendants
@@ -116,6 +116,17 @@ def test_refs_that_cannot_be_read_do_not_stop_a_listing(store, place):
     assert list_artifacts(store)[0].refs == ("mine",)
 
 
+def test_stray_files_do_not_stop_a_listing(store, place):
+    made = make(store)
+    for key in ("artifacts/note.txt", "artifacts/reference/.DS_Store", "refs/.DS_Store",
+                "refs/x/deeper/pairs.json", "runs/readme.txt"):  # fmt: skip
+        place.write(key, b"x")
+    assert [info.name for info in list_artifacts(store)] == [made.name]
+    assert store.refs() == []
+    assert store.runs() == {}
+    assert find_garbage(store, grace_hours=0).artifacts == tuple(list_artifacts(store))
+
+
 # ---- garbage
 
 
@@ -153,10 +164,53 @@ def test_the_grace_period_keeps_what_is_young(store):
     assert remove_garbage(store, grace_hours=1).artifacts == ()
 
 
-def test_a_run_record_that_cannot_be_read_removes_nothing_by_mistake(store, place):
+@pytest.mark.parametrize("started", [None, "2999-01-01", "not a date"])
+def test_a_run_record_without_a_proper_date_keeps_its_artifacts(store, place, started):
     made = make(store)
-    place.write("runs/odd.json", json.dumps({"artifacts": {"a": made.name}}).encode())
+    record = {"artifacts": {"a": made.name}, "started": started}
+    place.write("runs/odd.json", json.dumps(record).encode())
     assert find_garbage(store, grace_hours=0).artifacts == ()
+
+
+@pytest.mark.parametrize("key", ["refs/mine/reference.json", "runs/mine.json"])
+def test_a_ref_or_run_record_that_is_damaged_removes_nothing(store, place, key):
+    made = make(store)
+    store.set_ref("mine", "reference", made.version)
+    store.put_run("mine", run(made))
+    place.write(key, place.read(key)[:10])
+    with pytest.raises(StoreError, match=f"{key} cannot be read.*nothing is removed"):
+        remove_garbage(store, grace_hours=0)
+    assert len(list_artifacts(store)) == 1
+
+
+def test_the_newest_record_of_what_stays_is_kept_for_its_repair(store):
+    made, other = make(store, {"n": 1}), make(store, {"n": 2})
+    store.set_ref("mine", "reference", made.version)
+    store.put_run("first", run(made, other, days_ago=40))
+    store.put_run("second", run(made, days_ago=30))
+    assert remove_garbage(store, grace_hours=0).runs == ("first",)
+    assert set(store.runs()) == {"second"}
+
+
+def test_a_run_that_does_not_say_that_it_ended_is_taken_to_be_at_work(store):
+    made = make(store)
+    store.put_run("long", {**run(made, days_ago=30), "state": "running"})
+    assert find_garbage(store, grace_hours=0, keep_runs_days=3).artifacts == ()
+    store.put_run("long", {**run(made, days_ago=100), "state": "running"})
+    assert len(find_garbage(store, grace_hours=0, keep_runs_days=3).artifacts) == 1
+
+
+def test_work_in_progress_of_killed_runs_is_removed_after_the_grace_period(store, place):
+    root = store.backend.scratch
+    for name in ("policy-0123456789abcdef", "sae-fedcba9876543210"):
+        (root / name / "attempt").mkdir(parents=True)
+        (root / name / "attempt" / "weights").write_bytes(b"half")
+    assert find_garbage(store, grace_hours=1).scratch == ()
+    with place.open().hold("policy", "0123456789abcdef", None) as hold:
+        assert hold is not None
+        removed = remove_garbage(store, grace_hours=0).scratch
+        assert [folder.name for folder in removed] == ["sae-fedcba9876543210"]
+    assert [folder.name for folder in root.iterdir()] == ["policy-0123456789abcdef"]
 
 
 def test_what_is_being_written_is_not_removed(store, place):
@@ -211,7 +265,7 @@ def test_a_copy_takes_the_ancestors_and_is_the_same(store, target):
     assert [info.stage for info in chosen] == ["pairs-like", "reference", "policy"]
     done = [copy_artifact(store, target, info, nothing) for info in chosen]
     assert {one.state for one in done} == {"copied"}
-    copy_refs(store, target)
+    copy_records(store, target, [info.name for info in chosen], move_refs=True)
     assert target.ref("mine", "policy") == policy.version
     assert {info.name for info in list_artifacts(target)} == {info.name for info in chosen}
     for info in chosen:
@@ -243,6 +297,35 @@ def test_a_copy_goes_on_where_it_stopped(store, target, monkeypatch):
     assert done.bytes < info.bytes
     assert all(v.ok for v in verify_artifacts(target, list_artifacts(target), nothing))
     assert [p for p in target.backend.scratch.rglob("*") if p.is_file()] == []
+
+
+def test_another_attempts_file_of_the_same_size_is_not_taken_for_the_copy(place, tmp_path):
+    """Two trainings give files of one size and other bytes; sizes alone would pass on S3."""
+    source, target = open_store(tmp_path / "source"), place.open()
+    made = make(source)
+    key = f"artifacts/{made.name}/data/00000.parquet"
+    data = bytearray((tmp_path / "source" / key).read_bytes())
+    data[len(data) // 2] ^= 1
+    place.write(key, bytes(data))
+    copy_artifact(source, target, list_artifacts(source)[0], nothing)
+    assert all(v.ok for v in verify_artifacts(target, list_artifacts(target), nothing))
+
+
+def test_what_refers_to_a_copy_comes_along(store, target):
+    made, other = make(store, {"n": 1}), make(store, {"n": 2})
+    for name, artifact in (("mine", made), ("other", other)):
+        store.set_ref(name, "reference", artifact.version)
+    store.put_run("old", run(made, other, days_ago=2))
+    store.put_run("new", run(made, days_ago=1))
+    target.set_ref("mine", "reference", "f" * 16)
+    (info,) = (info for info in list_artifacts(store) if info.name == made.name)
+    copy_artifact(store, target, info, nothing)
+    copy_records(store, target, [made.name], move_refs=False)
+    assert set(target.runs()) == {"new"}
+    assert {(ref.recipe, ref.version) for ref in target.refs()} == {("mine", "f" * 16)}
+    copy_records(store, target, [made.name], move_refs=True)
+    assert target.ref("mine", "reference") == made.version
+    assert find_garbage(target, grace_hours=0).artifacts == ()
 
 
 def test_a_damaged_source_is_not_copied(store, place, target):

@@ -1,10 +1,15 @@
 """Leases: how long silence is taken for life, and that a cut-off holder stops writing."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 
 from storage import lease as leases
+from storage import processes
 from storage.errors import HoldLost, StoreError
 from storage.lease import Lease
 from storage.local import LocalBackend
@@ -100,6 +105,39 @@ def test_a_store_that_is_away_is_no_loss_of_the_lease(backend, clock, monkeypatc
             held.check()
         held.release()  # no error on the way out
     assert Lease(backend, "l").acquire(None) is False
+
+
+def test_a_lease_that_a_dead_machine_left_is_seen_by_its_age_without_waiting(backend, tmp_path):
+    of_another_machine(backend)
+    assert Lease(backend, "l").acquire(None) is False
+    os.utime(tmp_path / "l", (time.time() - 1000,) * 2)
+    taken = Lease(backend, "l")
+    assert taken.acquire(None)
+    taken.release()
+
+
+def test_a_living_process_that_is_hidden_from_us_is_not_gone(monkeypatch):
+    """Another user's, where /proc shows only one's own: it cannot be looked at, but signalled."""
+    me = this_process()
+    assert me is not None
+    mine = processes._identity
+    monkeypatch.setattr(
+        processes, "_identity", lambda pid: mine(pid) if pid == os.getpid() else None
+    )
+    place = me.rpartition(" ")[0]
+    assert not is_gone(f"{place} 1:1")
+
+
+def test_a_process_that_ended_and_was_not_waited_for_is_gone():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    identity = processes._identity(process.pid)
+    assert not is_gone(identity)
+    process.kill()
+    deadline = time.monotonic() + 10
+    while not is_gone(identity):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.wait()
 
 
 def test_processes_are_told_apart():

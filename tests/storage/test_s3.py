@@ -9,7 +9,8 @@ from typing import ClassVar
 
 import pytest
 
-from storage.errors import StoreError
+from storage import s3_files
+from storage.errors import HoldLost, StoreError
 from storage.location import open_store
 from storage.s3_client import S3Options, make_client
 from tests.storage.places import BUCKET, S3Place
@@ -31,6 +32,10 @@ def first_contact(url: str, **options: object) -> StoreError:
         ({KEYS[0]: None, KEYS[1]: None}, "no credentials found; set AWS_ACCESS_KEY_ID"),
         ({"AWS_PROFILE": "no-such-profile"}, "the AWS profile that AWS_PROFILE names"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "cannot be reached .*check the endpoint"),
+        ({"AWS_ENDPOINT_URL": "http://"}, "configuration cannot be used .*AWS_ENDPOINT_URL"),
+        ({"AWS_ENDPOINT_URL": "http://x:99999"}, "configuration cannot be used|cannot be reached"),
+        ({"AWS_REGION": "eu-west-1 "}, "configuration cannot be used .*AWS_REGION"),
+        ({KEYS[1]: None}, "configuration cannot be used|no credentials found"),
         ({"AWS_ENDPOINT_URL": "ftp://127.0.0.1"}, "has to be an http:// or https:// address"),
         ({"AWS_ENDPOINT_URL": "http://u:p@127.0.0.1"}, "without a user name; credentials belong"),
     ],
@@ -189,6 +194,44 @@ def test_an_upload_that_was_killed_leaves_parts_that_the_next_writer_removes(sea
     assert unfinished() == 0
 
 
+@pytest.mark.parametrize("size", [1000, 40 << 20])
+def test_a_run_that_is_cut_off_in_an_upload_does_not_end_it(s3_place, tmp_path, size):
+    """The successor's file stands; the one that lost its right raises before it writes over it."""
+    backend = s3_place.open().backend
+    s3_place.write("model", b"the successor's")
+    source = tmp_path / "source"
+    source.write_bytes(bytes(size))
+    asked = []
+
+    def lost() -> None:
+        asked.append(True)
+        raise HoldLost("another run took over")
+
+    with pytest.raises(HoldLost):
+        backend.put_file("model", source, still_ours=lost)
+    assert asked
+    assert s3_place.read("model") == b"the successor's"
+    assert source.exists()
+
+
+@pytest.mark.parametrize("size", [1000, 40 << 20])
+def test_a_file_that_changes_while_it_is_sent_is_noticed(s3_place, tmp_path, monkeypatch, size):
+    digests = s3_files._digests
+
+    def and_then_it_changes(path):
+        found = digests(path)
+        with path.open("r+b") as stream:
+            stream.seek(size // 2)
+            stream.write(b"X")
+        return found
+
+    monkeypatch.setattr(s3_files, "_digests", and_then_it_changes)
+    source = tmp_path / "source"
+    source.write_bytes(bytes(size))
+    with pytest.raises(StoreError, match="did not arrive whole.*not that of what was sent"):
+        s3_place.open().backend.put_file("file", source)
+
+
 def test_a_store_may_be_a_whole_bucket(seaweed, s3_environment):
     bucket = f"whole-{uuid.uuid4().hex[:8]}"
     seaweed.create_bucket(bucket)
@@ -198,9 +241,11 @@ def test_a_store_may_be_a_whole_bucket(seaweed, s3_environment):
     assert [entry.key for entry in store.backend.list("")] == ["a/b"]
 
 
-def test_two_stores_of_one_machine_share_no_work_in_progress(seaweed, s3_environment):
+def test_two_stores_of_one_machine_share_no_work_in_progress(s3_environment, monkeypatch):
     folders = {open_store(f"s3://{BUCKET}/{prefix}").backend.scratch for prefix in ("one", "two")}
-    assert len(folders) == 2
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    folders.add(open_store(f"s3://{BUCKET}/one").backend.scratch)
+    assert len(folders) == 3
 
 
 def test_the_read_cache_holds_what_was_read(s3_place: S3Place, tmp_path: Path):
