@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from fpo_core.errors import FPOError
 
-# Logits held at a time: 64 MB in float32. Fewer tokens a chunk for a larger vocabulary.
-CHUNK_LOGITS = 1 << 24
-_FEWEST_TOKENS, _MOST_TOKENS = 64, 512
+# Fewer would save little more, and each chunk goes over the whole weight gradient once.
+CHUNK_TOKENS = 256
 
 
 class Head(NamedTuple):
@@ -50,14 +49,16 @@ def logits_of(hidden: Tensor, head: Head) -> Tensor:
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def selected_logps(hidden: Tensor, head: Head, targets: Tensor, chunk: int | None = None) -> Tensor:
+def selected_logps(
+    hidden: Tensor, head: Head, targets: Tensor, chunk: int = CHUNK_TOKENS
+) -> Tensor:
     """log p(target) at each scored position.
 
     Args:
         hidden: [N, d_model] final hidden states at the scored positions.
         head: the output head.
         targets: [N] token ids.
-        chunk: tokens whose logits are held at a time; None: what fits in 64 MB.
+        chunk: tokens whose logits are held at a time.
 
     Returns:
         [N] float32, differentiable in ``hidden`` and ``head.weight``.
@@ -69,7 +70,7 @@ def selected_logps(hidden: Tensor, head: Head, targets: Tensor, chunk: int | Non
 
 def kl_divergences(
     reference: Tensor, reference_head: Head, policy: Tensor, policy_head: Head,
-    chunk: int | None = None,
+    chunk: int = CHUNK_TOKENS,
 ) -> Tensor:  # fmt: skip
     """KL(reference || policy) in nats at each position, from both models' hidden states.
 
@@ -95,12 +96,12 @@ class _SelectedLogps(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None,
-        scale: float, chunk: int | None,
+        scale: float, chunk: int,
     ) -> Tensor:  # fmt: skip
         head = Head(weight, softcap, scale)
         logps = _float_like(hidden, len(targets))
         normalizers = torch.empty_like(logps)
-        for part in _chunks(len(targets), head, chunk):
+        for part in _chunks(len(targets), chunk):
             logits = logits_of(hidden[part], head)
             normalizers[part] = torch.logsumexp(logits, -1)
             logps[part] = logits.gather(1, targets[part, None]).squeeze(1) - normalizers[part]
@@ -114,10 +115,11 @@ class _SelectedLogps(torch.autograd.Function):
         (grad,) = grads
         head = Head(weight, *ctx.head)
         gradients = _HeadGradients(hidden, head, wants_weight=ctx.needs_input_grad[1])
-        for part in _chunks(len(targets), head, ctx.chunk):
+        for part in _chunks(len(targets), ctx.chunk):
             logits = logits_of(hidden[part], head)
-            # d logp / d logit = onehot(target) - softmax
-            slope = torch.exp(logits - normalizers[part, None]).neg_()
+            # d logp / d logit = onehot(target) - softmax, in place: soft-capping alone needs logits
+            slope = logits if head.softcap is None else logits.clone()
+            slope = slope.sub_(normalizers[part, None]).exp_().neg_()
             slope[torch.arange(len(slope), device=slope.device), targets[part]] += 1
             gradients.add(part, slope.mul_(grad[part, None]), logits)
         return gradients.hidden, gradients.weight, None, None, None, None
@@ -127,11 +129,11 @@ class _KLDivergences(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, softcap: float | None, scale: float,
-        reference: Tensor, reference_head: Head, chunk: int | None,
+        reference: Tensor, reference_head: Head, chunk: int,
     ) -> Tensor:  # fmt: skip
         head = Head(weight, softcap, scale)
         result = _float_like(hidden, len(hidden))
-        for part in _chunks(len(hidden), head, chunk):
+        for part in _chunks(len(hidden), chunk):
             ref = torch.log_softmax(logits_of(reference[part], reference_head), -1)
             pol = torch.log_softmax(logits_of(hidden[part], head), -1)
             result[part] = (ref.exp() * (ref - pol)).sum(-1)
@@ -146,7 +148,7 @@ class _KLDivergences(torch.autograd.Function):
         (grad,) = grads
         head, other = Head(weight, *ctx.head), Head(reference_weight, *ctx.reference_head)
         gradients = _HeadGradients(hidden, head, wants_weight=ctx.needs_input_grad[1])
-        for part in _chunks(len(hidden), head, ctx.chunk):
+        for part in _chunks(len(hidden), ctx.chunk):
             logits = logits_of(hidden[part], head)
             # d KL / d logit of the policy = p_policy - p_reference
             slope = torch.softmax(logits, -1)
@@ -188,18 +190,16 @@ def _float_like(hidden: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def entropies(hidden: Tensor, head: Head, chunk: int | None = None) -> Tensor:
+def entropies(hidden: Tensor, head: Head, chunk: int = CHUNK_TOKENS) -> Tensor:
     """Entropy in nats [N] of the next-token distribution at each position."""
     result = _float_like(hidden, len(hidden))
-    for part in _chunks(len(hidden), head, chunk):
+    for part in _chunks(len(hidden), chunk):
         logp = torch.log_softmax(logits_of(hidden[part], head), -1)
         result[part] = -(logp.exp() * logp).sum(-1)
     return result
 
 
-def _chunks(total: int, head: Head, size: int | None) -> list[slice]:
-    if size is None:
-        size = min(max(CHUNK_LOGITS // len(head.weight), _FEWEST_TOKENS), _MOST_TOKENS)
+def _chunks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
