@@ -9,6 +9,7 @@ artifacts in a folder. On a slow disk the disk is all that is measured: TMPDIR=/
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -19,9 +20,11 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.faults.seaweed import SeaweedFS
 from storage.artifact import Artifact
+from storage.backend import FileRecord
 from storage.catalog import list_artifacts
 from storage.location import open_store
 from storage.manifest import Made, make_manifest
@@ -60,6 +63,46 @@ def _environment(server: SeaweedFS, folder: Path) -> dict[str, str]:
     }
 
 
+class Round:
+    """The same bytes up and down, by the plain client and by ours, under keys of their own.
+
+    Args:
+        folder: with the files to send.
+        names: of the files.
+        plain: the plain client.
+    """
+
+    def __init__(self, folder: Path, names: list[str], plain: Any) -> None:
+        self.folder, self.names, self.plain = folder, names, plain
+        self.mark = uuid.uuid4().hex[:8]
+        self.store = open_store(f"s3://{BUCKET}/ours-{self.mark}")
+        self.records: dict[str, FileRecord] = {}
+        for name in names:
+            os.link(folder / name, self._link(name))  # the store takes its files away
+
+    def _link(self, name: str) -> Path:
+        return self.folder / f"link-{name}"
+
+    def up_plain(self) -> None:
+        for name in self.names:
+            self.plain.upload_file(str(self.folder / name), BUCKET, f"plain-{self.mark}/{name}")
+
+    def up_ours(self) -> None:
+        for name in self.names:
+            key = f"artifacts/{STAGE}/{VERSION}/data/{name}"
+            self.records[name] = self.store.backend.put_file(key, self._link(name))
+
+    def down_plain(self) -> None:
+        for name in self.names:
+            target = str(self.folder / f"got-{name}")
+            self.plain.download_file(BUCKET, f"plain-{self.mark}/{name}", target)
+
+    def down_ours(self) -> None:
+        made = Made(1, {}, {}, {}, 0.0, {})
+        manifest = make_manifest(STAGE, VERSION, made, self.records, {})
+        Artifact(self.store.backend, STAGE, VERSION, manifest).paths(self.names)
+
+
 def _transfer(folder: Path, server: SeaweedFS, rounds: int, size: int) -> None:
     names = [f"{number:05d}.parquet" for number in range(max(1, size // SHARD_BYTES))]
     for name in names:
@@ -67,36 +110,12 @@ def _transfer(folder: Path, server: SeaweedFS, rounds: int, size: int) -> None:
     plain = server.client()
     ratios: dict[str, list[float]] = {"upload": [], "download": []}
     for number in range(rounds):
-        mark = uuid.uuid4().hex[:8]
-        store = open_store(f"s3://{BUCKET}/ours-{mark}")
-        files = {}
-        links = [folder / f"link-{name}" for name in names]
-        for name, link in zip(names, links, strict=True):
-            os.link(folder / name, link)  # the store takes its files away
-
-        def up_plain(mark: str = mark) -> None:
-            for name in names:
-                plain.upload_file(str(folder / name), BUCKET, f"plain-{mark}/{name}")
-
-        def up_ours(store=store, files=files, links=links) -> None:  # noqa: ANN001
-            for name, link in zip(names, links, strict=True):
-                key = f"artifacts/{STAGE}/{VERSION}/data/{name}"
-                files[name] = store.backend.put_file(key, link)
-
-        def down_plain(mark: str = mark) -> None:
-            for name in names:
-                plain.download_file(BUCKET, f"plain-{mark}/{name}", str(folder / f"got-{name}"))
-
-        def down_ours(store=store, files=files) -> None:  # noqa: ANN001
-            made = Made(1, {}, {}, {}, 0.0, {})
-            manifest = make_manifest(STAGE, VERSION, made, files, {})
-            Artifact(store.backend, STAGE, VERSION, manifest).paths(names)
-
-        ratios["upload"].append(_speed_up(up_plain, up_ours, plain_first=number % 2 == 0))
-        ratios["download"].append(_speed_up(down_plain, down_ours, plain_first=number % 2 == 0))
+        one, plain_first = Round(folder, names, plain), number % 2 == 0
+        ratios["upload"].append(_speed_up(one.up_plain, one.up_ours, plain_first=plain_first))
+        ratios["download"].append(_speed_up(one.down_plain, one.down_ours, plain_first=plain_first))
         _clean(folder, server)
     for what, found in ratios.items():
-        _row(f"{what} of {len(names)} x 64 MB, speed beside boto3's", found, "")
+        _row(f"{what} of {len(names)} x 64 MB, speed beside boto3's", found)
 
 
 def _speed_up(
@@ -127,7 +146,7 @@ def _memory(gigabytes: float) -> None:
     for _ in range(3):
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         peaks.append(float(done.stdout))
-    _row(f"peak memory of a process uploading one file of {gigabytes:g} GB, MB", peaks, "")
+    _row(f"peak memory of a process uploading one file of {gigabytes:g} GB, MB", peaks)
 
 
 def _upload_one(size: int) -> None:
@@ -157,20 +176,12 @@ def _listing(rounds: int) -> None:
             (folder / "parts").mkdir()
             (folder / "data" / "00000.parquet").write_bytes(b"PAR1")
             (folder / "parts" / "00000.json").write_bytes(b"{}")
-            records = {"00000.parquet": _record(b"PAR1")}
+            records = {"00000.parquet": FileRecord(4, hashlib.sha256(b"PAR1").hexdigest())}
             manifest = make_manifest("reference", version, made, records, {"": 1})
             (folder / "manifest.json").write_text(json.dumps(manifest))
         seconds = [_seconds(lambda: list_artifacts(store)) for _ in range(rounds)]
         assert len(list_artifacts(store)) == ARTIFACTS
-        _row(f"listing {ARTIFACTS:,} artifacts in a folder, seconds", seconds, "")
-
-
-def _record(data: bytes):  # noqa: ANN202
-    import hashlib
-
-    from storage.backend import FileRecord
-
-    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+        _row(f"listing {ARTIFACTS:,} artifacts in a folder, seconds", seconds)
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -179,11 +190,9 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _row(what: str, values: list[float], unit: str) -> None:
+def _row(what: str, values: list[float]) -> None:
     low, high = min(values), max(values)
-    print(
-        f"| {what} | {statistics.median(values):.2f}{unit} | {low:.2f} | {high:.2f} |", flush=True
-    )
+    print(f"| {what} | {statistics.median(values):.2f} | {low:.2f} | {high:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
