@@ -16,19 +16,30 @@ from torch import Tensor
 from fpo_core.errors import FPOError
 from fpo_core.sae.source import WEIGHTS_FILE, read_config
 
-ARCHITECTURES = ("standard", "jumprelu")
+# A BatchTopK SAE is stored as the JumpReLU that it is at inference.
+ARCHITECTURES = ("standard", "jumprelu", "topk", "gated")
+CHUNK_TOKENS = 512
+
+
+class Gate(NamedTuple):
+    """What a gated SAE has beside the weights: a feature is on where x W + bias is positive."""
+
+    bias: Tensor  # [F] b_gate
+    scale: Tensor  # [F] exp(r_mag): of the shared weights in the magnitude path
 
 
 class SparseCoder(NamedTuple):
-    """Weights of a ReLU (``standard``) or JumpReLU SAE, in float32."""
+    """Weights of a ReLU (``standard``), JumpReLU, TopK or gated SAE, in float32."""
 
     W_enc: Tensor  # [d_in, F]
-    b_enc: Tensor  # [F]
-    threshold: Tensor  # [F]; zeros for ReLU
+    b_enc: Tensor  # [F]; b_mag of a gated one
+    threshold: Tensor  # [F]; zeros but for JumpReLU
     W_dec: Tensor  # [F, d_in]
     b_dec: Tensor  # [d_in]
     centred: bool  # b_dec is subtracted from the input (apply_b_dec_to_input)
     hook: str  # the hookpoint it declares, "" when it declares none
+    k: int | None = None  # TopK: features kept a token
+    gate: Gate | None = None  # gated only
 
     @property
     def d_in(self) -> int:
@@ -42,12 +53,30 @@ class SparseCoder(NamedTuple):
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations [N, F] of activations [N, d_in]."""
-        return _jump(self._centre(x) @ self.W_enc + self.b_enc, self.threshold)
+        acts = self._activate(self._centre(x), slice(None))
+        if self.k is None:
+            return acts
+        values, indices = torch.topk(acts, min(self.k, acts.shape[1]), dim=1)
+        return torch.zeros_like(acts).scatter(1, indices, values)
 
     def encode_columns(self, x: Tensor, columns: Tensor) -> Tensor:
         """Activations [N, m] of the features ``columns`` [m] alone, with gradient to ``x``."""
-        pre_acts = self._centre(x) @ self.W_enc[:, columns] + self.b_enc[columns]
-        return _jump(pre_acts, self.threshold[columns])
+        acts = self._activate(self._centre(x), columns)
+        return acts if self.k is None else acts * self._kept(x, columns)
+
+    def _activate(self, centred: Tensor, columns: Tensor | slice) -> Tensor:
+        """Each feature by itself, before any choice among a token's features."""
+        pre_acts = centred @ self.W_enc[:, columns]
+        if self.gate is None:
+            return _jump(pre_acts + self.b_enc[columns], self.threshold[columns])
+        magnitude = pre_acts * self.gate.scale[columns] + self.b_enc[columns]
+        return torch.where(pre_acts + self.gate.bias[columns] > 0, magnitude, 0.0).clamp_min(0.0)
+
+    @torch.no_grad()
+    def _kept(self, x: Tensor, columns: Tensor) -> Tensor:
+        """Where a TopK SAE keeps the columns: that depends on the token's other features."""
+        parts = torch.split(x.detach(), CHUNK_TOKENS)
+        return torch.cat([self.encode(part)[:, columns] > 0 for part in parts])
 
     def decode(self, acts: Tensor) -> Tensor:
         """Reconstruction [N, d_in] of the activations."""
@@ -60,7 +89,10 @@ class SparseCoder(NamedTuple):
     def to(self, device: str) -> "SparseCoder":
         """The same coder on another device."""
         moved = [part.to(device) if isinstance(part, Tensor) else part for part in self]
-        return SparseCoder(*moved)  # pyright: ignore[reportArgumentType]
+        coder = SparseCoder(*moved)  # pyright: ignore[reportArgumentType]
+        if self.gate is None:
+            return coder
+        return coder._replace(gate=Gate(*(part.to(device) for part in self.gate)))
 
 
 def _jump(pre_acts: Tensor, threshold: Tensor) -> Tensor:
@@ -82,12 +114,21 @@ def load_coder(folder: Path) -> SparseCoder:
         state = {name: value.float() for name, value in load_file(folder / WEIGHTS_FILE).items()}
     except (FileNotFoundError, SafetensorError) as error:
         raise FPOError(f"SAE {folder}: {WEIGHTS_FILE} is missing or damaged ({error})") from error
-    threshold = state.get("threshold", torch.zeros_like(state["b_enc"]))
-    coder = SparseCoder(
-        state["W_enc"], state["b_enc"], threshold, state["W_dec"], state["b_dec"],
-        bool(config.get("apply_b_dec_to_input", True)),
-        str((config.get("metadata") or {}).get("hook_name") or ""),
-    )  # fmt: skip
+    gated = config.get("architecture") == "gated"
+    try:
+        bias = state["b_mag"] if gated else state["b_enc"]
+        coder = SparseCoder(
+            state["W_enc"], bias, state.get("threshold", torch.zeros_like(bias)),
+            state["W_dec"], state["b_dec"], bool(config.get("apply_b_dec_to_input", True)),
+            str((config.get("metadata") or {}).get("hook_name") or ""),
+            k=int(config["k"]) if config.get("architecture") == "topk" else None,
+            gate=Gate(state["b_gate"], state["r_mag"].exp()) if gated else None,
+        )  # fmt: skip
+    except KeyError as error:
+        raise FPOError(
+            f"SAE {folder}: {error} is missing for the architecture "
+            f"{config.get('architecture', 'standard')!r}"
+        ) from error
     declared = (config["d_in"], config["d_sae"])
     if tuple(coder.W_enc.shape) != declared:
         raise FPOError(
@@ -102,6 +143,11 @@ def _refuse_unsupported(config: dict[str, Any], folder: Path) -> None:
         raise FPOError(
             f"SAE {folder}: architecture {architecture!r} is not supported yet; supported: "
             f"{', '.join(ARCHITECTURES)}"
+        )
+    if config.get("rescale_acts_by_decoder_norm"):
+        raise FPOError(
+            f"SAE {folder}: rescale_acts_by_decoder_norm=true is not supported; fold the decoder's "
+            f"norms into the weights"
         )
     for key in ("normalize_activations", "reshape_activations"):
         if config.get(key, "none") not in ("none", None):

@@ -170,7 +170,7 @@ def other_layer(folder: Path) -> dict:
 
 
 def odd_sae(folder: Path) -> dict:
-    return {"sae": {"source": str(save_sae(folder / "odd", architecture="gated"))}}
+    return {"sae": {"source": str(save_sae(folder / "odd", architecture="transcoder"))}}
 
 
 def half_model(folder: Path) -> dict:
@@ -210,7 +210,7 @@ BAD = {
     "SAE of another layer": (
         other_layer, ["declares the hookpoint 'blocks.1.hook_resid_post'", "layer 2 resid_post"],
     ),
-    "SAE of an unknown kind": (odd_sae, ["architecture 'gated' is not supported yet"]),
+    "SAE of an unknown kind": (odd_sae, ["architecture 'transcoder' is not supported yet"]),
 }  # fmt: skip
 
 

@@ -6,25 +6,46 @@ from hypothesis import strategies as st
 
 from fpo_core.features.discrepancy import feature_discrepancy
 from fpo_core.features.pool import TopFeatures, pool_features, top_features
-from fpo_core.sae.coder import SparseCoder
+from fpo_core.sae.coder import Gate, SparseCoder
 
 
-def make_coder(d_in=6, d_sae=20, seed=0, centred=True):
+def make_coder(d_in=6, d_sae=20, seed=0, centred=True, kind="jumprelu"):
     g = torch.Generator().manual_seed(seed)
-    return SparseCoder(
+    coder = SparseCoder(
         torch.randn(d_in, d_sae, generator=g), 0.1 * torch.randn(d_sae, generator=g),
         0.5 * torch.rand(d_sae, generator=g), torch.randn(d_sae, d_in, generator=g),
         0.1 * torch.randn(d_in, generator=g), centred, "",
     )  # fmt: skip
+    if kind == "jumprelu":
+        return coder
+    coder = coder._replace(threshold=torch.zeros(d_sae))
+    if kind == "topk":
+        return coder._replace(k=4)
+    if kind == "gated":
+        bias, scale = (0.3 * torch.randn(d_sae, generator=g) for _ in range(2))
+        return coder._replace(gate=Gate(bias, scale.exp()))
+    return coder
+
+
+def full_encode(coder, x):
+    """Each architecture's definition, written out in float64 and differentiable."""
+    W, b, thr, b_dec = (
+        t.double() for t in (coder.W_enc, coder.b_enc, coder.threshold, coder.b_dec)
+    )
+    projected = (x.double() - b_dec * coder.centred) @ W
+    if coder.gate is not None:
+        on = projected + coder.gate.bias.double() > 0
+        return on * torch.relu(projected * coder.gate.scale.double() + b)
+    pre = projected + b
+    if coder.k is not None:
+        kth = pre.sort(dim=1, descending=True).values[:, coder.k - 1, None]
+        return torch.relu(pre) * (pre >= kth)
+    return pre * (pre > thr) * (pre > 0)
 
 
 def by_the_paper(coder, x, lengths, reference, k):
     """Eq. 10 in float64 from the dense reference, differentiating the full encode."""
-    W, b, thr, b_dec = (
-        t.double() for t in (coder.W_enc, coder.b_enc, coder.threshold, coder.b_dec)
-    )
-    pre = (x.double() - b_dec * coder.centred) @ W + b
-    acts = pre * (pre > thr) * (pre > 0)
+    acts = full_encode(coder, x)
     out = []
     for row, tokens in enumerate(torch.split(acts, lengths.tolist())):
         mine, theirs = tokens.mean(0), reference[row].double()
@@ -38,14 +59,15 @@ def by_the_paper(coder, x, lengths, reference, k):
     return torch.stack(out)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5), k=st.integers(1, 25),
     seed=st.integers(0, 500), shift=st.sampled_from([0.0, 0.3, -50.0]), centred=st.booleans(),
+    kind=st.sampled_from(["jumprelu", "standard", "topk", "gated"]),
 )  # fmt: skip
-def test_value_and_gradient_equal_the_full_encode(lengths, k, seed, shift, centred):
+def test_value_and_gradient_equal_the_full_encode(lengths, k, seed, shift, centred, kind):
     """With all-zero features (shift -50, a positive-only encoder) and one-token responses."""
-    coder = make_coder(seed=seed, centred=centred)
+    coder = make_coder(seed=seed, centred=centred, kind=kind)
     if shift == -50.0:
         coder = coder._replace(b_enc=coder.b_enc - 50)
     g = torch.Generator().manual_seed(seed + 1)

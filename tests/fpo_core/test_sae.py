@@ -20,12 +20,11 @@ def sae_lens_load(folder: Path):
     return SAE.load_from_disk(folder, device="cpu", dtype="float32")
 
 
-@pytest.mark.parametrize("architecture", ["jumprelu", "standard"])
+@pytest.mark.parametrize("architecture", ["jumprelu", "standard", "topk", "gated"])
 @pytest.mark.parametrize("centred", [True, False])
 def test_encode_and_decode_equal_sae_lens(tmp_path, architecture, centred):
-    folder = save_sae(tmp_path, architecture=architecture, apply_b_dec_to_input=centred)
-    if architecture == "standard":
-        drop_threshold(folder)
+    folder = save_sae(tmp_path, architecture=architecture, apply_b_dec_to_input=centred, k=7)
+    refit(folder, architecture)
     ours, theirs = load_coder(folder), sae_lens_load(folder)
     x = 3 * torch.randn(50, HIDDEN, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -35,24 +34,41 @@ def test_encode_and_decode_equal_sae_lens(tmp_path, architecture, centred):
     columns = torch.tensor([5, 0, D_SAE - 1])
     torch.testing.assert_close(ours.encode_columns(x, columns), ours.encode(x)[:, columns])
     assert (acts > 0).any()
+    if architecture == "topk":
+        assert (acts > 0).sum(1).max() <= 7
 
 
-def drop_threshold(folder: Path) -> None:
+def refit(folder: Path, architecture: str) -> None:
+    """Give the tiny JumpReLU SAE the weights and keys that another architecture has."""
     from safetensors.torch import load_file, save_file
 
+    if architecture == "jumprelu":
+        return
     weights = load_file(folder / "sae_weights.safetensors")
     del weights["threshold"]
+    if architecture == "gated":
+        generator = torch.Generator().manual_seed(4)
+        for name in ("b_gate", "b_mag", "r_mag"):
+            weights[name] = 0.2 * torch.randn(D_SAE, generator=generator)
+        del weights["b_enc"]
     save_file(weights, folder / "sae_weights.safetensors")
+
+
+def test_weights_of_another_architecture_are_named(tmp_path):
+    folder = save_sae(tmp_path, architecture="gated")
+    with pytest.raises(FPOError, match="'b_mag' is missing for the architecture 'gated'"):
+        load_coder(folder)
 
 
 def test_what_is_not_supported_is_refused_by_name(tmp_path):
     for key, value in (
-        ("architecture", "gated"),
+        ("architecture", "transcoder"),
+        ("rescale_acts_by_decoder_norm", True),
         ("normalize_activations", "expected_average_only_in"),
         ("reshape_activations", "hook_z"),
     ):
         folder = save_sae(tmp_path / key, **{key: value})
-        with pytest.raises(FPOError, match=value):
+        with pytest.raises(FPOError, match=str(value).lower()):
             load_coder(folder)
 
 
