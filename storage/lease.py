@@ -19,7 +19,7 @@ from storage.errors import HoldLost, StoreError
 from storage.processes import is_gone, this_process
 
 RENEW_SECONDS, STALE_SECONDS, POLL_SECONDS = 10.0, 60.0, 1.0
-ABANDONED_SECONDS = 900.0
+ABANDONED_SECONDS, RELEASE_SECONDS = 900.0, 5.0
 _SAFE_SECONDS = STALE_SECONDS * 2 / 3
 
 
@@ -155,13 +155,17 @@ class Lease:
     def release(self) -> None:
         """Give it back, if it is still ours."""
         self._released.set()
-        with self._renewing:
-            try:
-                found = self._store.read_with_etag(self._key)
-                if found and _value(found[0]).get("holder") == self._holder:
-                    self._store.delete([self._key])
-            except StoreError:
-                return  # it goes stale by itself
+        # A renewal that waits for a store that is away would keep Ctrl-C waiting with it.
+        if not self._renewing.acquire(timeout=RELEASE_SECONDS):
+            return  # it goes stale by itself
+        try:
+            found = self._store.read_with_etag(self._key)
+            if found and _value(found[0]).get("holder") == self._holder:
+                self._store.delete([self._key])
+        except StoreError:
+            return
+        finally:
+            self._renewing.release()
 
 
 class _Watched:
