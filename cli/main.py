@@ -98,14 +98,14 @@ def run(
         if "evaluate" in outcomes:
             bring_report(prepared, report_folder, outcomes)
         return
-    from cli.server import contain_prefect_server
+    from cli.server import contained_prefect_server
     from flows.pipeline import fpo_pipeline
 
-    contain_prefect_server()
-    fpo_pipeline(
-        recipe=recipe, overrides=overrides or [], from_stage=from_stage, only_stage=only_stage,
-        force=force, store=store, report_folder=report_folder,
-    )  # fmt: skip
+    with contained_prefect_server():
+        fpo_pipeline(
+            recipe=recipe, overrides=overrides or [], from_stage=from_stage,
+            only_stage=only_stage, force=force, store=store, report_folder=report_folder,
+        )  # fmt: skip
 
 
 @app.command()

@@ -143,14 +143,14 @@ def repair(artifacts: Names = None, store: StoreUrl = None, as_json: AsJson = Fa
     Example:
       fpo store repair features/6c51
     """
-    from cli.server import contain_prefect_server
+    from cli.server import contained_prefect_server
     from cli.show import print_json, print_repaired
     from flows.repair import repair_artifacts
 
     opened = _open(store)
     _, verdicts = _verified(opened, artifacts)
-    contain_prefect_server()
-    repaired = repair_artifacts(opened, verdicts)
+    with contained_prefect_server():
+        repaired = repair_artifacts(opened, verdicts)
     if as_json:
         print_json([done._asdict() for done in repaired])
     else:

@@ -122,6 +122,7 @@ class ArtifactWriter:
             name = shard_name(table, index)
             files[name] = self._put(name, self._encoded(content), on_bytes)
         receipt = Receipt(index, {t: content.num_rows for t, content in tables.items()}, files)
+        self._hold.check()
         self._backend.put(f"{self._key}/parts/{index:05d}.json", receipt.to_json())
         return receipt
 
