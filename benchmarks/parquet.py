@@ -381,6 +381,8 @@ def pooled_shards(shards: int) -> list[pa.Table]:
                     "nonzero": rng.normal(850, 60, rows).astype(int),
                     "mass": rng.normal(650, 40, rows),
                     "cutoff": rng.normal(0.68, 0.03, rows),
+                    "pinned": [[]] * rows,
+                    "pinned_values": [[]] * rows,
                 },
                 schema=FEATURES_POOLED,
             )

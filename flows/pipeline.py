@@ -9,6 +9,7 @@ from prefect import flow
 
 from tasks.evaluate import evaluate
 from tasks.features import features
+from tasks.plan import kind_of
 from tasks.reference import reference
 from tasks.report import bring_report
 from tasks.run import Outcome, PipelineRun, prepare_run
@@ -57,8 +58,9 @@ def _bring_about(run: PipelineRun, stages: Sequence[str]) -> dict[str, Outcome]:
         outcomes["tokenize"] = tokenize(run)
     if "reference" in stages:
         outcomes["reference"] = reference(run, with_features="features" in stages)
-    if "features" in stages:
-        outcomes["features"] = features(run)
+    for stage in stages:
+        if kind_of(stage) == "features":
+            outcomes[stage] = features(run, stage)
     if "train" in stages:
         outcomes["train"] = train(run)
     if "evaluate" in stages:

@@ -13,7 +13,7 @@ from fpo_core.recipe import load_recipe
 from storage.errors import ArtifactCorrupt
 from storage.store import Store
 from storage.verify import Verdict
-from tasks.plan import STAGES, Plan, StagePlan, make_plan
+from tasks.plan import STAGES, Plan, StagePlan, kind_of, make_plan
 
 log = logging.getLogger("fpo.stage")
 
@@ -40,7 +40,7 @@ def repair_artifacts(store: Store, verdicts: Iterable[Verdict]) -> list[Repaired
         FPOError: an artifact that cannot be made again, and why; those before it are repaired.
     """
     bad = [(verdict, _origins(store, verdict.name)) for verdict in verdicts if not verdict.ok]
-    bad.sort(key=lambda item: STAGES.index(item[1][0].stage))
+    bad.sort(key=lambda item: STAGES.index(kind_of(item[1][0].stage)))
     return [_repair(store, verdict, origins) for verdict, origins in bad]
 
 
@@ -49,7 +49,7 @@ def _origins(store: Store, name: str) -> list[_Origin]:
     found = []
     for _, run in sorted(store.runs().items(), reverse=True):
         for stage, made in (run or {}).get("artifacts", {}).items():
-            if run and made == name and stage in STAGES:
+            if run and made == name and kind_of(stage) in STAGES:
                 found.append(_Origin(stage, run["settings"]))
     if not found:
         raise FPOError(

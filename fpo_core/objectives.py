@@ -48,6 +48,9 @@ def objective(
         options: its numbers.
         chosen: scores of the chosen responses.
         rejected: of the rejected ones.
+
+    Raises:
+        ValueError: the objective has a constraint and a side brings no divergence.
     """
     if method.difference is None:
         return supervised(chosen, rejected, options)
@@ -99,7 +102,10 @@ def supervised(chosen: SideScores, rejected: SideScores, options: Options) -> Ob
 
 
 def _divergence(side: SideScores, method: Method, options: Options) -> Tensor:
-    assert side.divergence is not None
+    if side.divergence is None:
+        raise ValueError(
+            f"the objective constrains {method.constraint}: both sides need SideScores.divergence"
+        )
     if method.constraint == "kl" and options.per_token:
         return side.divergence / side.num_tokens  # K-bar of SimPO with KL
     return side.divergence

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from fpo_core.data.batches import PairBatch, PairIds, batches_by_length, collate
-from fpo_core.features.pool import top_features
+from fpo_core.features.pool import add_by_response, top_features
 from fpo_core.features.stats import FeatureAccumulator
+from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.forward import forward_pairs, scored_activations
 from fpo_core.progress import not_shown
 from fpo_core.recipe.schema import FeatureSettings
 from fpo_core.sae.coder import SparseCoder
 
 SIDES = ("chosen", "rejected")
-CHUNK_TOKENS = 512
 
 Columns = dict[str, Any]
 
@@ -39,10 +39,11 @@ class ShardScores(NamedTuple):
 def score_shard(
     model: Any,
     pairs: Sequence[PairIds],
-    layer: int,
+    hookpoint: Hookpoint,
     *,
     coder: SparseCoder | None,
     features: FeatureSettings,
+    pinned: Sequence[int] = (),
     want_reference: bool,
     tokens_per_batch: int,
     on_tokens: Callable[[int], None] = not_shown,
@@ -52,23 +53,24 @@ def score_shard(
     Args:
         model: the reference.
         pairs: the shard's pairs, whose order the tables keep.
-        layer: decoder block of the SAE.
+        hookpoint: where the SAE reads.
         coder: the SAE; None leaves the features out.
         features: what of the features to keep.
+        pinned: features whose pooled values are kept whatever they are, ascending.
         want_reference: whether log-probs are wanted.
         tokens_per_batch: most tokens a forward pass, padding included.
         on_tokens: told how many tokens were done after each batch.
     """
     logps = np.zeros((len(pairs), 2))
-    collected = _FeatureColumns(len(pairs), coder, features) if coder else None
+    collected = _FeatureColumns(len(pairs), coder, features, pinned) if coder else None
     for rows in batches_by_length([pair.length for pair in pairs], tokens_per_batch):
         batch = collate([pairs[row] for row in rows], device=str(model.device))
         if want_reference:
-            out = forward_pairs(model, batch, layer)
+            out = forward_pairs(model, batch, [hookpoint])
             logps[rows] = out.logps.reshape(-1, 2).cpu().numpy()
-            activations = out.activations
+            (activations,) = out.activations
         else:
-            activations = scored_activations(model, batch, layer)
+            (activations,) = scored_activations(model, batch, [hookpoint])
         if collected:
             collected.add(rows, batch, activations)
         on_tokens(batch.num_tokens)
@@ -91,9 +93,13 @@ def _reference_columns(pairs: Sequence[PairIds], logps: np.ndarray) -> Columns:
 class _FeatureColumns:
     """Gathers pooled features, token features and statistics, batch by batch."""
 
-    def __init__(self, num_pairs: int, coder: SparseCoder, settings: FeatureSettings) -> None:
+    def __init__(
+        self, num_pairs: int, coder: SparseCoder, settings: FeatureSettings, pinned: Sequence[int]
+    ) -> None:
         self.coder, self.settings = coder, settings
-        self.cache_k = min(settings.cache_k, coder.d_sae)
+        self.pinned = np.array(pinned, dtype=np.uint32)
+        every = coder.d_sae
+        self.cache_k = every if settings.cache_k == "all" else min(settings.cache_k, every)
         self.pooled: list[Columns | None] = [None] * (2 * num_pairs)
         self.token_rows: list[list[Columns]] = [[] for _ in range(2 * num_pairs)]
         self.accumulator = FeatureAccumulator(coder.d_sae, settings.examples)
@@ -105,13 +111,10 @@ class _FeatureColumns:
         owner = [response for response, n in zip(responses, counts, strict=True) for _ in range(n)]
         place = [position for n in counts for position in range(n)]
         sums = torch.zeros(len(responses), self.coder.d_sae)
-        for start in range(0, len(activations), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
+        for part in self.coder.chunks(len(activations)):
             acts = self.coder.encode(activations[part]).cpu()
-            local = batch.response[part].cpu()
-            membership = torch.arange(len(responses))[:, None] == local
-            sums += membership.float() @ acts
-            self.accumulator.add(acts, len(self.order) + start)
+            add_by_response(sums, acts, batch.response[part].cpu())
+            self.accumulator.add(acts, len(self.order) + part.start)
             targets = batch.targets[part].tolist()
             self._add_tokens(acts, owner[part], place[part], targets)
         self.order += zip(owner, place, strict=True)
@@ -152,6 +155,8 @@ class _FeatureColumns:
                 "nonzero": positive,
                 "mass": float(pooled[row].sum()),
                 "cutoff": float(top.values[row, stored]) if positive > stored else 0.0,
+                "pinned": self.pinned,
+                "pinned_values": pooled[row].numpy()[self.pinned],
             }
 
     def columns(self, pairs: Sequence[PairIds]) -> tuple[Columns, Columns, Columns]:

@@ -98,7 +98,7 @@ def remove_garbage(
     twice = {info.name for info in find_garbage(store, **limits).artifacts}
     gone = [info for info in found.artifacts if info.name in twice and _remove(store, info, known)]
     scratch = [folder for folder in found.scratch if _remove_scratch(store, folder)]
-    store.backend.delete([f"runs/{run_id}.json" for run_id in found.runs])
+    store.remove_runs(found.runs)
     store.backend.sweep("artifacts/", 3600 * grace_hours)
     return found._replace(
         artifacts=tuple(gone), scratch=tuple(scratch), busy=len(found.artifacts) - len(gone)

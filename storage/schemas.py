@@ -6,6 +6,7 @@ from 0 within the response. Feature activations are in the SAE's own units.
 
 import pyarrow as pa
 
+# Raised when what a field means changes; a new field alone does not.
 SCHEMA_VERSION = 1
 
 
@@ -61,6 +62,8 @@ FEATURES_POOLED = _schema(
     _field("nonzero", pa.int32(), "features with a positive mean"),
     _field("mass", pa.float32(), "sum of all means"),
     _field("cutoff", pa.float32(), "largest mean that is not stored; 0 when all are"),
+    _field("pinned", _list(pa.uint32()), "features of the recipe's groups, ascending"),
+    _field("pinned_values", _list(pa.float32()), "their means, whatever they are"),
 )
 FEATURES_TOKENS = _schema(
     "features/tokens",

@@ -12,6 +12,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from storage.artifact import Artifact, artifact_key
@@ -163,6 +164,17 @@ class Store:
     def put_run(self, run_id: str, record: dict[str, Any]) -> None:
         """Record a pipeline run, or what became of it."""
         self.backend.put(f"runs/{check_key(run_id)}.json", json_bytes(record))
+
+    def put_run_file(self, run_id: str, path: Path) -> str:
+        """Keep a file with a run's record, which goes when that goes; returns its key."""
+        key = check_key(f"runs/{run_id}/{path.name}")
+        self.backend.put_file(key, path)
+        return key
+
+    def remove_runs(self, run_ids: Collection[str]) -> None:
+        """Remove runs' records, and the files kept with them."""
+        files = [e.key for run_id in run_ids for e in self.backend.list(f"runs/{run_id}/")]
+        self.backend.delete([*files, *(f"runs/{run_id}.json" for run_id in run_ids)])
 
     def runs(self, but: Collection[str] = ()) -> dict[str, dict[str, Any] | None]:
         """The recorded runs by id, ``but`` these; None for one that cannot be read."""

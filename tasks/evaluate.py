@@ -38,24 +38,28 @@ def evaluate(run: PipelineRun) -> Outcome:
 def _evaluate(run: PipelineRun, writer: ArtifactWriter) -> Work:
     from fpo_core.evaluation.heldout import score_heldout
     from fpo_core.evaluation.metrics import entropy_metric, heldout_metrics, metric_record
-    from fpo_core.training.examples import read_examples
+    from fpo_core.sae.coder import AttachedSae
+    from fpo_core.training.examples import FeatureShards, read_examples
 
     settings = run.recipe.evaluation
     prepare_cpu(run.recipe.resources.threads)
-    examples = read_examples(
-        local_shards(run.artifact("tokenize")),
-        local_shards(run.artifact("reference")),
-        local_shards(run.artifact("features"), "pooled"),
-        "heldout",
-    )
     policy_folder = local_folder(run.artifact("train"), "model")
     options = {"dtype": run.recipe.model.dtype, "attention": run.recipe.model.attention}
     policy = load_model(policy_folder, **options)
     reference = load_model(run.model_path(), **options)
     tokenizer = load_tokenizer(policy_folder)
+    sae = AttachedSae(attached_coder(run, reference), run.recipe.sae.hookpoint)
+    features = run.artifact("features")
+    cache = FeatureShards(
+        local_shards(features, "pooled"), (), sae.coder.d_sae, (), f"features ({sae.hookpoint})"
+    )
+    examples = read_examples(
+        local_shards(run.artifact("tokenize")), local_shards(run.artifact("reference")), [cache],
+        run.recipe.train.k, "heldout",
+    )  # fmt: skip
     with Progress("held-out pairs", total=len(examples), unit="pair") as progress:
         scores = score_heldout(
-            policy, reference, examples, attached_coder(run, reference), run.recipe.sae.layer,
+            policy, reference, examples, sae,
             k=run.recipe.train.k, tokens_per_batch=run.recipe.resources.tokens_per_batch,
             on_pairs=progress.advance,
         )  # fmt: skip
@@ -127,8 +131,7 @@ def _answer(name: str, answer: "Answer", tokenizer: Any) -> dict[str, Any]:
 
 def _pair_frame(scores: "HeldoutScores") -> pl.DataFrame:
     columns: dict[str, Any] = {"pair_id": scores.pair_ids}
-    for name in ("tokens", "policy_logps", "reference_logps", "kl", "discrepancy"):
-        values = getattr(scores, name)
+    for name, values in scores.by_pair().items():
         columns[f"{name}_chosen"], columns[f"{name}_rejected"] = values[:, 0], values[:, 1]
     return pl.DataFrame(columns)
 

@@ -8,19 +8,25 @@ from storage.schemas import FEATURES_STATS
 from storage.writer import ArtifactWriter
 from tasks.announce import announce
 from tasks.offline import score_shards
+from tasks.plan import features_stages
 from tasks.run import Outcome, PipelineRun, Work
 
 
-@task(name="features", task_run_name="features", cache_policy=NO_CACHE)
-def features(run: PipelineRun) -> Outcome:
-    """Cache pooled, token and per-feature tables of the reference's SAE features."""
-    return announce(run.bring_about("features", lambda writer: _extract(run, writer)))
+@task(name="features", task_run_name="{stage}", cache_policy=NO_CACHE)
+def features(run: PipelineRun, stage: str = "features") -> Outcome:
+    """Cache pooled, token and per-feature tables of the reference's SAE features.
+
+    Args:
+        run: the pipeline run.
+        stage: ``features``, or ``features@LAYER`` for a further SAE of the recipe.
+    """
+    return announce(run.bring_about(stage, lambda writer: _extract(run, stage, writer)))
 
 
-def _extract(run: PipelineRun, writer: ArtifactWriter) -> Work:
+def _extract(run: PipelineRun, stage: str, writer: ArtifactWriter) -> Work:
     from fpo_core.features.stats import merge_stats
 
-    tokens = score_shards(run, None, writer)
+    tokens = score_shards(run, None, writer, features_stages(run.recipe).index(stage))
     shards = []
     for _, receipt in sorted(writer.finished_shards().items()):
         table = writer.read_table("shard_stats", receipt)

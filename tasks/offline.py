@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from fpo_core.errors import FPOError
 from fpo_core.models.load import load_model, prepare_cpu
 from fpo_core.progress import Progress
 from fpo_core.sae.source import sae_folder
@@ -41,9 +40,18 @@ class Todo(NamedTuple):
 
 
 def score_shards(
-    run: PipelineRun, reference: ArtifactWriter | None, features: ArtifactWriter | None
+    run: PipelineRun,
+    reference: ArtifactWriter | None,
+    features: ArtifactWriter | None,
+    sae: int = 0,
 ) -> int:
     """Compute and write the missing shards of one artifact or of both.
+
+    Args:
+        run: the pipeline run.
+        reference: the log-probs' artifact, where it is wanted.
+        features: the features' artifact, where it is wanted.
+        sae: which of the recipe's SAEs the features are of.
 
     Returns:
         Tokens processed.
@@ -58,15 +66,17 @@ def score_shards(
     model = load_model(
         run.model_path(), dtype=run.recipe.model.dtype, attention=run.recipe.model.attention
     )
-    coder = attached_coder(run, model) if features else None
+    coder = attached_coder(run, model, sae) if features else None
+    pinned = run.recipe.train.pinned if sae == 0 else ()
     shards = {work.shard: read_pair_ids(pairs.table(shard=work.shard)) for work in todo}
     total = sum(pair.length for ids in shards.values() for pair in ids)
     label = " + ".join(n for n, w in (("reference", reference), ("features", features)) if w)
     with Progress(label, total=total, unit="token") as progress:
         for work in todo:
             scores = score_shard(
-                model, shards[work.shard], run.recipe.sae.layer,
+                model, shards[work.shard], run.recipe.hookpoints[sae],
                 coder=coder if work.features else None, features=run.recipe.features,
+                pinned=pinned,
                 want_reference=work.reference,
                 tokens_per_batch=run.recipe.resources.tokens_per_batch,
                 on_tokens=progress.advance,
@@ -113,31 +123,29 @@ def read_pair_ids(table: pa.Table) -> list["PairIds"]:
     ]
 
 
-def sae_path(run: PipelineRun) -> Path:
-    """The folder of the recipe's SAE: a stored one, or what the ``sae`` stage made."""
-    if run.recipe.sae.train is not None:
-        return run.artifact("sae").folder("sae")
-    assert run.recipe.sae.source is not None
-    return sae_folder(run.recipe.sae.source)
+def sae_path(run: PipelineRun, sae: int = 0) -> Path:
+    """The folder of one of the recipe's SAEs: a stored one, or what the ``sae`` stage made."""
+    source = _sae_source(run, sae)
+    return run.artifact("sae").folder("sae") if source is None else sae_folder(source)
 
 
-def attached_coder(run: PipelineRun, model: Any) -> "SparseCoder":
-    """The SAE, checked against the model it is to read.
+def _sae_source(run: PipelineRun, sae: int) -> str | None:
+    settings = run.recipe.sae
+    return settings.source if sae == 0 else settings.also[sae - 1].source
+
+
+def attached_coder(run: PipelineRun, model: Any, sae: int = 0) -> "SparseCoder":
+    """One of the recipe's SAEs, checked against the model it is to read.
 
     Raises:
-        FPOError: when it does not fit the model, or is too small for the recipe's k.
+        FPOError: when it does not fit the model.
     """
-    from fpo_core.models.hooks import decoder_layers
+    from fpo_core.models.hooks import hooked_module
     from fpo_core.sae.coder import check_fits, load_coder
 
-    name = run.recipe.sae.source or "trained by this recipe"
-    coder = load_coder(sae_path(run))
-    layers = len(decoder_layers(model))
-    check_fits(coder, model.config.hidden_size, run.recipe.sae.layer, layers, name)
-    for key, k in (
-        ("train.k", run.recipe.train.k),
-        ("features.tokens_k", run.recipe.features.tokens_k),
-    ):
-        if k > coder.d_sae:
-            raise FPOError(f"{key}={k}, but the SAE {name} has only {coder.d_sae} features")
+    hookpoint = run.recipe.hookpoints[sae]
+    coder = load_coder(sae_path(run, sae))
+    hooked_module(model, hookpoint)  # it has to be there
+    name = _sae_source(run, sae) or "trained by this recipe"
+    check_fits(coder, model.config.hidden_size, hookpoint, name)
     return coder

@@ -16,7 +16,7 @@ from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe
 from fpo_core.recipe.options import objective_options
 from fpo_core.recipe.schema import TrainSettings
-from fpo_core.sae.source import identify_sae
+from fpo_core.sae.source import declared_width, identify_sae
 from storage.store import Store
 from storage.version import artifact_version
 
@@ -33,8 +33,22 @@ STAGES = tuple(ARTIFACTS)
 
 # Raise a stage's number when its code changes what it writes: old artifacts are not reused then.
 SCHEMA_VERSIONS = {
-    "sae": 1, "tokenize": 1, "reference": 1, "features": 1, "train": 1, "evaluate": 1,
+    "sae": 1, "tokenize": 1, "reference": 1, "features": 2, "train": 2, "evaluate": 2,
 }  # fmt: skip
+
+
+def kind_of(stage: str) -> str:
+    """The kind of a stage: ``features`` of ``features@12``, the features of a further SAE."""
+    return stage.partition("@")[0]
+
+
+def features_stages(recipe: Recipe) -> list[str]:
+    """The stages of the SAEs' features: plain for the first, with its place for the others."""
+    further = (
+        f"features@{layer}" if site == "resid_post" else f"features@{layer}-{site}"
+        for layer, site in recipe.hookpoints[1:]
+    )  # fmt: skip
+    return ["features", *further]
 
 
 class StagePlan(NamedTuple):
@@ -74,27 +88,28 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
         unresolved += [f"data {s}" for s, f in zip(sources, found, strict=True) if not f.resolved]
         digests[split] = _digest([identity.value for identity in found])
     planner = _Planner(store)
-    sae_input = _sae_input(recipe, planner, model.value, unresolved)
+    saes = [_sae_input(recipe, planner, model.value, unresolved)]
+    saes += [_stored_sae(other.source, unresolved) for other in recipe.sae.also]
+    _check_features_fit(recipe)
     planner.add("tokenize", _tokenize_part(recipe), {"model": model.value, **digests})
     inference = recipe.model.model_dump(include={"dtype", "attention"})
-    hook = {"layer": recipe.sae.layer, "site": recipe.sae.site}
     planner.add("reference", inference, {"model": model.value, "pairs": planner["tokenize"]})
-    planner.add(
-        "features",
-        {**recipe.features.model_dump(), **hook, **inference},
-        {"model": model.value, "sae": sae_input, "pairs": planner["tokenize"]},
-    )
-    caches = {"reference": planner["reference"], "features": planner["features"]}
+    inputs = {"model": model.value, "pairs": planner["tokenize"]}
+    caches = {"reference": planner["reference"]}
+    for number, stage in enumerate(features_stages(recipe)):
+        part = {**_features_part(recipe, number), **inference}
+        planner.add(stage, part, {**inputs, "sae": saes[number]})
+        caches[stage] = planner[stage] if number == 0 else f"artifact:features/{planner[stage]}"
     attention = {"attention": recipe.model.attention}
-    planner.add(
-        "train",
-        {**_train_part(recipe.train), **attention},
-        {"model": model.value, "sae": sae_input, "pairs": planner["tokenize"], **caches},
-    )
+    planner.add("train", {**_train_part(recipe.train), **attention}, {**inputs, **caches})
     planner.add(
         "evaluate",
         {**recipe.evaluation.model_dump(), "k": recipe.train.k, **attention},
-        {"policy": planner["train"], "pairs": planner["tokenize"], **caches},
+        {
+            "policy": planner["train"],
+            "pairs": planner["tokenize"],
+            **{stage: caches[stage] for stage in ("reference", "features")},
+        },
     )
     return Plan(planner.stages, tuple(unresolved))
 
@@ -108,9 +123,10 @@ class _Planner:
         return self.stages[stage].version
 
     def add(self, stage: str, recipe: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
-        artifact = ARTIFACTS[stage]
+        artifact = ARTIFACTS[kind_of(stage)]
+        schema_version = SCHEMA_VERSIONS[kind_of(stage)]
         version = artifact_version(
-            stage=artifact, schema_version=SCHEMA_VERSIONS[stage], recipe=recipe, inputs=inputs
+            stage=artifact, schema_version=schema_version, recipe=recipe, inputs=inputs
         )
         state = self.store.state(artifact, version)
         self.stages[stage] = StagePlan(stage, artifact, version, dict(recipe), dict(inputs), state)
@@ -120,10 +136,7 @@ def _sae_input(recipe: Recipe, planner: _Planner, model: str, unresolved: list[s
     """Identity of the SAE: of its files, or the version of the stage that trains it."""
     if recipe.sae.train is None:
         assert recipe.sae.source is not None
-        identity = identify_sae(recipe.sae.source)
-        if not identity.resolved:
-            unresolved.append(f"sae {recipe.sae.source}")
-        return identity.value
+        return _stored_sae(recipe.sae.source, unresolved)
     settings = recipe.sae.train.model_dump(exclude={"text"})
     kinds = [source.kind for source in recipe.sae.train.text]
     text = [identify_data(source.path).value for source in recipe.sae.train.text]
@@ -133,6 +146,48 @@ def _sae_input(recipe: Recipe, planner: _Planner, model: str, unresolved: list[s
         {"model": model, "text": _digest(text)},
     )
     return f"artifact:sae/{planner['sae']}"
+
+
+def _stored_sae(source: str, unresolved: list[str]) -> str:
+    identity = identify_sae(source)
+    if not identity.resolved:
+        unresolved.append(f"sae {source}")
+    return identity.value
+
+
+def _check_features_fit(recipe: Recipe) -> None:
+    """Refuse features that an SAE does not have, before anything runs.
+
+    Raises:
+        FPOError: a top-k, or a group's feature, beyond the SAE's width.
+    """
+    for number, source in enumerate((recipe.sae.source, *(s.source for s in recipe.sae.also))):
+        width = recipe.sae.train.d_sae if recipe.sae.train and number == 0 else None
+        if width is None and source is not None:
+            width = declared_width(source)
+        if width is None:
+            continue
+        name = source or "that this recipe trains"
+        for key, k in (
+            ("train.k", recipe.train.k),
+            ("features.tokens_k", recipe.features.tokens_k),
+        ):
+            if k > width:
+                raise FPOError(f"{key}={k}, but the SAE {name} has only {width} features")
+        for group in recipe.train.groups if number == 0 else ():
+            beyond = [feature for feature in group.features if feature >= width]
+            if beyond:
+                raise FPOError(
+                    f"train.groups, {group.name}: feature {', '.join(map(str, beyond))} is not in "
+                    f"the SAE {name}, whose features are 0 to {width - 1}"
+                )
+
+
+def _features_part(recipe: Recipe, number: int) -> dict[str, Any]:
+    """The settings of an SAE's cache; the groups' features are pinned in the first one's."""
+    pinned = list(recipe.train.pinned) if number == 0 else []
+    place = recipe.hookpoints[number]._asdict()
+    return {**recipe.features.model_dump(), "pinned": pinned, **place}
 
 
 def _tokenize_part(recipe: Recipe) -> dict[str, Any]:
@@ -171,7 +226,7 @@ def selected_stages(plan: Plan, first: str | None, only: str | None) -> list[str
     needed = set().union(*(plan.stages[stage].inputs for stage in chosen))
     for stage in stages[:start]:
         planned = plan.stages[stage]
-        wanted = planned.artifact in needed or (stage == "sae" and "sae" in needed)
+        wanted = (stage if "@" in stage else planned.artifact) in needed
         if wanted and planned.state != "complete":
             raise FPOError(
                 f"stage {asked!r} needs {planned.artifact}/{planned.version}, which stage "

@@ -27,7 +27,7 @@ from storage.manifest import Made
 from storage.provenance import provenance
 from storage.store import Store
 from storage.writer import ArtifactWriter
-from tasks.plan import SCHEMA_VERSIONS, Plan, StagePlan, make_plan, selected_stages
+from tasks.plan import SCHEMA_VERSIONS, Plan, StagePlan, kind_of, make_plan, selected_stages
 
 log = logging.getLogger("fpo.stage")
 
@@ -72,6 +72,7 @@ class PipelineRun:
         self.recipe, self.store, self.plan = recipe, store, plan
         self._force = set(force)
         self._begun: set[str] = set()
+        self._run_id: str | None = None  # while it is recorded
 
     def planned(self, stage: str) -> StagePlan:
         """The plan of a stage."""
@@ -127,7 +128,8 @@ class PipelineRun:
         outcome = self._compute(planned, compute) if self.missing(stage) else None
         if outcome is None:
             outcome = _outcome(planned, self.artifact(stage), "reused", 0.0, 0.0)
-        self.store.set_ref(self.recipe.name, planned.artifact, planned.version)
+        if "@" not in stage:  # a recipe's ref to its features is to those of its first SAE
+            self.store.set_ref(self.recipe.name, planned.artifact, planned.version)
         log.info("%s", describe(outcome))
         return outcome
 
@@ -152,8 +154,8 @@ class PipelineRun:
             seconds = time.monotonic() - started
             artifact = writer.commit(
                 Made(
-                    SCHEMA_VERSIONS[stage], planned.recipe, planned.inputs, work.stats, seconds,
-                    provenance(),
+                    SCHEMA_VERSIONS[kind_of(stage)], planned.recipe, planned.inputs, work.stats,
+                    seconds, provenance(),
                 )
             )  # fmt: skip
         rate = work.tokens / max(seconds, 1e-9)
@@ -165,6 +167,11 @@ class PipelineRun:
             return None
         with self.recorded(stages):
             return {stage: self.bring_about(stage, _never) for stage in stages}
+
+    def keep_file(self, path: Path) -> str:
+        """Keep a file with this run's record; returns its key in the store."""
+        assert self._run_id is not None, "outside of a recorded run"
+        return self.store.put_run_file(self._run_id, path)
 
     @contextmanager
     def recorded(self, stages: Sequence[str]) -> Iterator[None]:
@@ -188,6 +195,7 @@ class PipelineRun:
             "provenance": provenance(),
         }
         self.store.put_run(run_id, record)
+        self._run_id = run_id
         state = "failed"
         try:
             yield
@@ -236,8 +244,9 @@ def prepare_run(
                 f"data {source!r}: datasets are not read from the hub yet; save the split as "
                 f"Parquet or JSONL and give the file in data.train and data.heldout"
             )
-    if settings.sae.source:
-        sae_folder(settings.sae.source)  # its content enters the versions: it has to be here first
+    for stored in (settings.sae.source, *(other.source for other in settings.sae.also)):
+        if stored:
+            sae_folder(stored)  # its content enters the versions: it has to be here first
     plan = make_plan(settings, artifacts)
     if plan.unresolved:
         raise FPOError(

@@ -11,12 +11,15 @@ from prefect.cache_policies import NO_CACHE
 
 from fpo_core.errors import FPOError
 from fpo_core.models.load import load_tokenizer
+from fpo_core.models.source import identify
 from fpo_core.progress import Progress
 from fpo_core.recipe.options import objective_options
-from fpo_core.training.job import MODEL_FOLDER, TrainingJob
+from fpo_core.sae.source import identify_sae
+from fpo_core.training.job import BAD_BATCH_FILE, MODEL_FOLDER, JobSae, TrainingJob
 from storage.writer import ArtifactWriter
 from tasks.announce import announce
 from tasks.offline import sae_path
+from tasks.plan import features_stages
 from tasks.run import Outcome, PipelineRun, Work
 from tasks.transfer import bytes_progress, local_shards
 
@@ -43,7 +46,10 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
             note = f"loss {record['loss']:.3f}, accuracy {record['accuracy']:.2f}"
             progress.advance(1, note)
 
-        run_workers(job, run.recipe.resources.ranks, on_step)
+        try:
+            run_workers(job, run.recipe.resources.ranks, on_step)
+        except FPOError as error:
+            raise _with_kept_files(run, output, error) from error
     model = output / MODEL_FOLDER
     load_tokenizer(job.model_folder).save_pretrained(model)
     files = sorted(model.iterdir())
@@ -67,26 +73,57 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
 
 def training_job(run: PipelineRun, output: Path) -> TrainingJob:
     """The job of a run: local, verified paths of every input."""
-    pairs, caches, features = (run.artifact(s) for s in ("tokenize", "reference", "features"))
-    if run.recipe.train.k > features.manifest["stats"]["d_sae"]:
-        raise FPOError(
-            f"train.k={run.recipe.train.k}, but the SAE has only "
-            f"{features.manifest['stats']['d_sae']} features"
-        )
+    pairs, caches = run.artifact("tokenize"), run.artifact("reference")
+    _check_unchanged(run, "tokenize")
+    saes = []
+    for number, stage in enumerate(features_stages(run.recipe)):
+        features, folder = run.artifact(stage), sae_path(run, number)
+        _check_unchanged(run, stage, folder)
+        tokens = () if run.recipe.train.pooled else local_shards(features, "tokens")
+        saes.append(
+            JobSae(
+                folder=folder, hookpoint=run.recipe.hookpoints[number],
+                pooled=local_shards(features, "pooled"), tokens=tokens,
+            )
+        )  # fmt: skip
     return TrainingJob(
         model_folder=run.model_path(),
         attention=run.recipe.model.attention,
-        sae_folder=sae_path(run),
-        layer=run.recipe.sae.layer,
+        saes=tuple(saes),
         settings=run.recipe.train,
         pairs=local_shards(pairs),
         reference=local_shards(caches),
-        pooled=local_shards(features, "pooled"),
         reference_dtype=run.recipe.model.dtype,
         tokens_per_batch=run.recipe.resources.tokens_per_batch,
         threads=run.recipe.resources.threads,
         output=output,
     )
+
+
+def _check_unchanged(run: PipelineRun, stage: str, sae: Path | None = None) -> None:
+    """Refuse a model or SAE whose files are not those any more that a cache was made with.
+
+    Raises:
+        FPOError: naming the cache, what it was made with and what is there now.
+    """
+    inputs = run.planned(stage).inputs
+    model = identify(run.recipe.model.source, run.recipe.model.revision)
+    now = {} if model.commit else {"model": model.value}  # a commit's files do not change
+    if sae and not inputs["sae"].startswith("artifact:"):
+        now["sae"] = identify_sae(str(sae)).value
+    for name, value in now.items():
+        if inputs[name] != value:
+            raise FPOError(
+                f"`{stage}` was made with the {name} {inputs[name]}, and the {name}'s files are "
+                f"{value} now: they changed during this run. Run the same command again"
+            )
+
+
+def _with_kept_files(run: PipelineRun, output: Path, error: FPOError) -> FPOError:
+    """The error, with where in the store the batches are that the workers kept."""
+    batches = output.glob(BAD_BATCH_FILE.format(step="*", rank="*"))
+    kept = [run.keep_file(path) for path in sorted(batches)]
+    return FPOError(f"{error} (in the store: {', '.join(kept)})") if kept else error
 
 
 def _total_steps(run: PipelineRun) -> int:

@@ -5,15 +5,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fpo_core.data.batches import batches_by_length, collate
-from fpo_core.features.discrepancy import feature_discrepancy
+from fpo_core.data.batches import PairBatch, batches_by_length, collate
+from fpo_core.features.discrepancy import Responses, feature_discrepancy
 from fpo_core.features.pool import pool_features
-from fpo_core.logprobs import kl_divergences, output_head, sum_by_response
+from fpo_core.logprobs import entropies, kl_divergences, output_head, sum_by_response
 from fpo_core.models.forward import forward_pairs
 from fpo_core.progress import not_shown
-from fpo_core.sae.coder import SparseCoder
-from fpo_core.training.examples import Example, reference_features
+from fpo_core.sae.coder import AttachedSae
+from fpo_core.training.cached import cached_batch
+from fpo_core.training.examples import Example
 
 
 class HeldoutScores(NamedTuple):
@@ -24,9 +26,18 @@ class HeldoutScores(NamedTuple):
     policy_logps: np.ndarray  # summed
     reference_logps: np.ndarray  # summed, from the cache
     kl: np.ndarray  # sequential KL(reference || policy), summed over scored tokens, nats
-    discrepancy: np.ndarray  # feature discrepancy D
+    policy_entropy: np.ndarray  # of the next-token distribution, summed over scored tokens, nats
+    reference_entropy: np.ndarray
+    discrepancy: np.ndarray  # feature discrepancy D (Eq. 10)
     policy_means: np.ndarray  # [2, d_sae] mean pooled feature, chosen and rejected
     reference_means: np.ndarray  # [2, d_sae]
+
+    def by_pair(self) -> dict[str, np.ndarray]:
+        """The quantities [P, 2], by name."""
+        return {name: getattr(self, name) for name in BY_PAIR}
+
+
+BY_PAIR = HeldoutScores._fields[1:-2]
 
 
 @torch.no_grad()
@@ -34,8 +45,7 @@ def score_heldout(
     policy: Any,
     reference: Any,
     examples: list[Example],
-    coder: SparseCoder,
-    layer: int,
+    sae: AttachedSae,
     *,
     k: int,
     tokens_per_batch: int,
@@ -47,41 +57,44 @@ def score_heldout(
         policy: the trained model.
         reference: the model it started from (live, for the KL; its log-probs come from the cache).
         examples: held-out pairs with their cached reference side.
-        coder: the SAE.
-        layer: its decoder block.
+        sae: the SAE that the examples' first cache is of.
         k: top-k of the discrepancy.
         tokens_per_batch: most tokens a forward pass, padding included.
         on_pairs: told how many pairs were done after each batch.
     """
-    count = len(examples)
-    tokens, logps, cached, kl, discrepancy = (np.zeros((count, 2)) for _ in range(5))
+    count, coder = len(examples), sae.coder
+    scored = {name: np.zeros((count, 2)) for name in BY_PAIR}
     means = np.zeros((2, 2, coder.d_sae))  # model, side, feature
+    heads = output_head(policy), output_head(reference)
     for rows in batches_by_length([e.ids.length for e in examples], tokens_per_batch):
         group = [examples[row] for row in rows]
         batch = collate([example.ids for example in group], device=str(policy.device))
-        out = forward_pairs(policy, batch, layer)
-        ref = forward_pairs(reference, batch, layer)
-        divergences = kl_divergences(
-            ref.hidden, output_head(reference), out.hidden, output_head(policy)
-        )
-        stored, cutoff = reference_features(group, str(policy.device))
-        distance = feature_discrepancy(
-            coder, out.activations, batch.response, batch.lengths, stored, cutoff, k
-        )
-        tokens[rows] = batch.lengths.reshape(-1, 2).cpu()
-        logps[rows] = out.logps.reshape(-1, 2).cpu()
-        cached[rows] = [example.logps for example in group]
-        kl[rows] = (
-            sum_by_response(divergences, batch.response, len(batch.lengths)).reshape(-1, 2).cpu()
-        )
-        discrepancy[rows] = distance.values.reshape(-1, 2).cpu()
-        for model, activations in enumerate((out.activations, ref.activations)):
+        out = forward_pairs(policy, batch, [sae.hookpoint])
+        ref = forward_pairs(reference, batch, [sae.hookpoint])
+        cached = cached_batch(group, str(policy.device))
+
+        def summed(values: Tensor, batch: PairBatch = batch) -> Tensor:
+            return sum_by_response(values, batch.response, len(batch.lengths))
+
+        responses = Responses(out.activations[0], batch.response, batch.lengths)
+        found = {
+            "tokens": batch.lengths,
+            "policy_logps": out.logps,
+            "reference_logps": cached.logps,
+            "kl": summed(kl_divergences(ref.hidden, heads[1], out.hidden, heads[0])),
+            "policy_entropy": summed(entropies(out.hidden, heads[0])),
+            "reference_entropy": summed(entropies(ref.hidden, heads[1])),
+            "discrepancy": feature_discrepancy(coder, responses, cached.pooled[0], k).values,
+        }
+        for name, values in found.items():
+            scored[name][rows] = values.reshape(-1, 2).cpu()
+        for model, activations in enumerate((out.activations[0], ref.activations[0])):
             pooled = pool_features(coder, activations, batch.response, batch.lengths).cpu()
             means[model, 0] += pooled[0::2].sum(0).numpy()
             means[model, 1] += pooled[1::2].sum(0).numpy()
         on_pairs(len(rows))
     means /= count
     return HeldoutScores(
-        [example.ids.pair_id for example in examples],
-        tokens, logps, cached, kl, discrepancy, means[0], means[1],
+        [example.ids.pair_id for example in examples], **scored,
+        policy_means=means[0], reference_means=means[1],
     )  # fmt: skip

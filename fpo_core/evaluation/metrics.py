@@ -47,6 +47,10 @@ def _average_margin(logps: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return averages[:, 0] - averages[:, 1]
 
 
+def _mean_entropy(entropy: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    return (entropy / tokens).mean(1)
+
+
 def _reward_margin(scores: HeldoutScores) -> np.ndarray:
     rewards = scores.policy_logps - scores.reference_logps
     return rewards[:, 0] - rewards[:, 1]
@@ -82,6 +86,18 @@ METRICS: dict[str, _Definition] = {
         "sum over scored tokens of KL(reference || policy), on rejected answers",
         "nats", "neither", lambda s: s.kl[:, 1], None,
     ),
+    "kl_margin": _Definition(
+        "Sequential KL, margin",
+        "that on rejected answers minus that on chosen ones",
+        "nats", "neither", lambda s: s.kl[:, 1] - s.kl[:, 0], None,
+    ),
+    "heldout_entropy": _Definition(
+        "Entropy on held-out answers",
+        "mean over scored tokens of the next-token distribution's entropy, on both answers",
+        "nats", "neither",
+        lambda s: _mean_entropy(s.policy_entropy, s.tokens),
+        lambda s: _mean_entropy(s.reference_entropy, s.tokens),
+    ),
     "discrepancy_chosen": _Definition(
         "Feature discrepancy, chosen",
         "mean over pairs of D (Eq. 10) on chosen answers; 0 for the reference",
@@ -91,6 +107,11 @@ METRICS: dict[str, _Definition] = {
         "Feature discrepancy, rejected",
         "mean over pairs of D (Eq. 10) on rejected answers; 0 for the reference",
         "", "lower", lambda s: s.discrepancy[:, 1], None,
+    ),
+    "discrepancy_margin": _Definition(
+        "Feature discrepancy, margin",
+        "that on rejected answers minus that on chosen ones",
+        "", "neither", lambda s: s.discrepancy[:, 1] - s.discrepancy[:, 0], None,
     ),
     "discrepancy": _Definition(
         "Feature discrepancy",

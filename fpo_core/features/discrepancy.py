@@ -11,15 +11,32 @@ column, and the memory of the backward pass does not grow with the SAE's width.
 Shapes: N scored tokens, R responses, F = d_sae.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fpo_core.features.pool import TopFeatures, pool_features, top_features
 from fpo_core.sae.coder import SparseCoder
 
 IndexSet = Literal["union", "policy", "reference"]
+
+
+class Responses(NamedTuple):
+    """A batch's scored tokens at one hookpoint, and which response each belongs to."""
+
+    x: Tensor  # [N, d_in] the policy's activations, with gradient
+    response: Tensor  # [N] ascending
+    lengths: Tensor  # [R] scored tokens of each
+
+
+class CachedFeatures(NamedTuple):
+    """What a cache holds of the reference's features, one row a response or a token."""
+
+    top: TopFeatures  # [rows, m]
+    cutoff: Tensor  # [rows] largest value that is not stored, or any bound on it; 0: all are stored
 
 
 class Discrepancy(NamedTuple):
@@ -31,44 +48,112 @@ class Discrepancy(NamedTuple):
 
 def feature_discrepancy(
     coder: SparseCoder,
-    x: Tensor,
-    response: Tensor,
-    lengths: Tensor,
-    reference: TopFeatures,
-    cutoff: Tensor,
+    policy: Responses,
+    reference: CachedFeatures,
     k: int,
     index_set: IndexSet = "union",
 ) -> Discrepancy:
-    """The discrepancy between the policy's features and the cached reference's.
+    """D between the policy's pooled features and the cached reference's (Eq. 10).
 
     Args:
         coder: the SAE, frozen.
-        x: [N, d_in] the policy's activations at the scored positions, with gradient.
-        response: [N] response of each position, ascending.
-        lengths: [R] scored positions of each response.
-        reference: the cached pooled features, at least the top k of each response.
-        cutoff: [R] largest pooled value that the cache does not store; 0 when it stores all.
+        policy: the policy's activations at the scored positions.
+        reference: the cached pooled features [R, m], the top k first.
         k: size of each side's top-k.
         index_set: which of the two top-k make up I.
     """
-    policy = top_features(pool_features(coder, x.detach(), response, lengths), k)
-    stored = torch.zeros(len(lengths), coder.d_sae, dtype=torch.bool, device=x.device)
-    target = torch.zeros(len(lengths), coder.d_sae, device=x.device)
-    _scatter(stored, reference.indices, torch.ones_like(reference.values, dtype=torch.bool))
-    _scatter(target, reference.indices, reference.values)
-    union = torch.zeros_like(stored)
-    if index_set != "reference":
-        _scatter(union, policy.indices, torch.ones_like(policy.indices, dtype=torch.bool))
-    if index_set != "policy":
-        known = reference.indices[:, :k]
-        _scatter(union, known, torch.ones_like(known, dtype=torch.bool))
+    x, response, lengths = policy
+    pooled = pool_features(coder, x.detach(), response, lengths)
+    chosen, target, missing = _compared(pooled, reference, k, index_set)
     values = []
     for row, tokens in enumerate(torch.split(x, lengths.tolist())):
-        columns = union[row].nonzero().squeeze(1)
-        pooled = coder.encode_columns(tokens, columns).sum(0) / lengths[row]
-        values.append((pooled - target[row, columns]).square().sum() / k)
-    missing = (union & ~stored).sum(1) * (cutoff > 0)
+        columns = chosen[row].nonzero().squeeze(1)
+        mean = coder.encode_columns(tokens, columns).sum(0) / lengths[row]
+        values.append((mean - target[row, columns]).square().sum() / k)
     return Discrepancy(torch.stack(values), missing)
+
+
+def token_discrepancy(
+    coder: SparseCoder,
+    policy: Responses,
+    reference: CachedFeatures,
+    k: int,
+    index_set: IndexSet = "union",
+) -> Discrepancy:
+    """The unpooled variant ("no compression"): D of each token, averaged over the response.
+
+    Every token has an I of its own, so the whole encode is differentiated, chunk by chunk and
+    encoded again in backward: twice the encoding, and a chunk's activations in memory.
+
+    Args:
+        coder: the SAE, frozen.
+        policy: the policy's activations at the scored positions.
+        reference: the cached features of every token [N, m], the top k first.
+        k: size of each side's top-k.
+        index_set: which of the two top-k make up I.
+    """
+    x, _, lengths = policy
+
+    def of_chunk(tokens: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        stored = CachedFeatures(
+            TopFeatures(*(table[part] for table in reference.top)), reference.cutoff[part]
+        )
+        acts = coder.encode(tokens)
+        chosen, target, absent = _compared(acts.detach(), stored, k, index_set)
+        return ((acts - target).square() * chosen).sum(1) / k, absent
+
+    found = [
+        checkpoint(of_chunk, x[part], part, use_reentrant=False) for part in coder.chunks(len(x))
+    ]
+    values, missing = (
+        torch.cat(parts).split(lengths.tolist()) for parts in zip(*found, strict=True)
+    )
+    return Discrepancy(
+        torch.stack([tokens.mean() for tokens in values]),
+        torch.stack([tokens.sum() for tokens in missing]),
+    )
+
+
+def group_discrepancies(
+    coder: SparseCoder, policy: Responses, groups: Sequence[Tensor], reference: Tensor
+) -> Tensor:
+    """Mean over each feature group of (c_policy - c_reference)^2, the paper's Section 5.3.
+
+    Args:
+        coder: the SAE, frozen.
+        policy: the policy's activations at the scored positions.
+        groups: each group's features [g], in one order with ``reference``.
+        reference: [R, sum of g] the cached pooled values of the groups' features, group by group.
+
+    Returns:
+        [R, G] float32, differentiable in the activations.
+    """
+    acts = coder.encode_columns(policy.x, torch.cat(list(groups)))
+    means = torch.stack([tokens.mean(0) for tokens in acts.split(policy.lengths.tolist())])
+    squares = (means - reference).square()
+    return torch.stack(
+        [part.mean(1) for part in squares.split([len(group) for group in groups], dim=1)], dim=1
+    )
+
+
+def _compared(
+    values: Tensor, reference: CachedFeatures, k: int, index_set: IndexSet
+) -> tuple[Tensor, Tensor, Tensor]:
+    """I as a mask [rows, F], the reference's values [rows, F], and how many of I are not stored."""
+    top, cutoff = reference
+    stored = torch.zeros_like(values, dtype=torch.bool)
+    target = torch.zeros_like(values)
+    chosen = torch.zeros_like(stored)
+    _scatter(stored, top.indices, torch.ones_like(top.indices, dtype=torch.bool))
+    _scatter(target, top.indices, top.values)
+    if index_set != "reference":
+        mine = top_features(values, k).indices
+        _scatter(chosen, mine, torch.ones_like(mine, dtype=torch.bool))
+    if index_set != "policy":
+        theirs = top.indices[:, :k]
+        _scatter(chosen, theirs, torch.ones_like(theirs, dtype=torch.bool))
+    missing = (chosen & ~stored).sum(1) * (cutoff > 0)
+    return chosen, target, missing
 
 
 def _scatter(table: Tensor, indices: Tensor, values: Tensor) -> None:

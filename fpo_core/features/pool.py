@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fpo_core.sae.coder import SparseCoder
 
-CHUNK_TOKENS = 512
-
 
 class TopFeatures(NamedTuple):
     """The largest features of each response, padded to one width."""
@@ -34,24 +32,32 @@ def pool_features(coder: SparseCoder, x: Tensor, response: Tensor, lengths: Tens
         [R, F] float32. Encoding is chunked: N x F is never held.
     """
     pooled = torch.zeros(len(lengths), coder.d_sae, device=x.device)
-    for start in range(0, len(x), CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
-        pooled += _membership(response[part], len(lengths)) @ coder.encode(x[part])
-    return pooled / lengths[:, None]
+    for part in coder.chunks(len(x)):
+        add_by_response(pooled, coder.encode(x[part]), response[part])
+    return pooled.div_(lengths[:, None])
 
 
-def _membership(response: Tensor, responses: int) -> Tensor:
-    """[R, n] matrix with a 1 where a token belongs to a response."""
-    return (torch.arange(responses, device=response.device)[:, None] == response).float()
+def add_by_response(sums: Tensor, acts: Tensor, response: Tensor) -> None:
+    """Add token activations [n, F] to their responses' rows of ``sums`` [R, F].
 
-
-def top_features(pooled: Tensor, k: int) -> TopFeatures:
-    """The k largest positive features of each row; ties go to the lower index.
-
-    ``torch.topk`` leaves the order of ties open, so this sorts, stably.
+    A product with a 0/1 matrix of the few responses that a chunk reaches over: ``response`` [n] is
+    ascending. Faster than an ``index_add``, and its order of summation is fixed.
     """
-    k = min(k, pooled.shape[1])
-    values, indices = torch.sort(pooled, dim=1, descending=True, stable=True)
-    values, indices = values[:, :k], indices[:, :k]
-    positive = values > 0
-    return TopFeatures(torch.where(positive, indices, -1), torch.where(positive, values, 0.0))
+    first, last = int(response[0]), int(response[-1])
+    member = torch.arange(first, last + 1, device=response.device)[:, None] == response
+    sums[first : last + 1].addmm_(member.to(acts.dtype), acts)
+
+
+def top_features(values: Tensor, k: int) -> TopFeatures:
+    """The k largest positive features of each row [R, F]; ties go to the lower index.
+
+    ``torch.topk`` leaves the order of ties open. A positive float32 sorts as its bits do, so the
+    bits with the index below them make a key that has no ties.
+    """
+    k = min(k, values.shape[1])
+    keys = values.clamp_min(0.0).view(torch.int32).to(torch.int64) << 32
+    keys += torch.arange(values.shape[1] - 1, -1, -1, device=values.device)
+    indices = torch.topk(keys, k, dim=1).indices
+    top = values.gather(1, indices)
+    positive = top > 0
+    return TopFeatures(torch.where(positive, indices, -1), torch.where(positive, top, 0.0))

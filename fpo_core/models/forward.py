@@ -4,14 +4,16 @@ The offline reference pass, training and evaluation all come through here, so th
 reference are computed by the same code on the same positions.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fpo_core.data.batches import PairBatch, attention_mask
+from fpo_core.hookpoint import Hookpoint
 from fpo_core.logprobs import output_head, selected_logps, sum_by_response
-from fpo_core.models.hooks import StopForward, capture_resid_post
+from fpo_core.models.hooks import StopForward, capture_activations
 
 
 class PairForward(NamedTuple):
@@ -19,33 +21,41 @@ class PairForward(NamedTuple):
 
     logps: Tensor  # [R] float64, summed over scored tokens
     hidden: Tensor  # [N, d_model] final hidden states, after the final norm
-    activations: Tensor  # [N, d_model] the SAE's hookpoint
+    activations: tuple[Tensor, ...]  # [N, d_model] at each hookpoint
 
 
-def forward_pairs(model: Any, batch: PairBatch, layer: int) -> PairForward:
-    """Log-probs of both responses and the activations after block ``layer``.
+def forward_pairs(model: Any, batch: PairBatch, hookpoints: Sequence[Hookpoint]) -> PairForward:
+    """Log-probs of both responses and the activations at the SAEs' hookpoints.
 
     Args:
         model: causal LM; gradients flow when they are enabled.
         batch: the pairs.
-        layer: decoder block of the SAE, from 0.
+        hookpoints: where the SAEs read.
     """
-    with capture_resid_post(model, layer) as capture:
+    with capture_activations(model, hookpoints) as capture:
         hidden = _decoder(model, batch)
     scored = at_scored(hidden, batch)
     logps = selected_logps(scored, output_head(model), batch.targets)
     return PairForward(
         sum_by_response(logps, batch.response, len(batch.lengths)),
         scored,
-        at_scored(capture.value, batch),
+        tuple(at_scored(capture[hookpoint], batch) for hookpoint in hookpoints),
     )
 
 
-def scored_activations(model: Any, batch: PairBatch, layer: int) -> Tensor:
-    """The activations [N, d_model] alone: blocks after ``layer`` and the head do not run."""
-    with capture_resid_post(model, layer, stop=True) as capture, suppress(StopForward):
+def scored_activations(
+    model: Any, batch: PairBatch, hookpoints: Sequence[Hookpoint]
+) -> tuple[Tensor, ...]:
+    """The activations [N, d_model] alone: blocks after the deepest and the head do not run."""
+    capturing = capture_activations(model, hookpoints, stop=True)
+    with capturing as capture, suppress(StopForward):
         _decoder(model, batch)
-    return at_scored(capture.value, batch)
+    return tuple(at_scored(capture[hookpoint], batch) for hookpoint in hookpoints)
+
+
+def scored_hidden(model: Any, batch: PairBatch) -> Tensor:
+    """The final hidden states [N, d_model] alone."""
+    return at_scored(_decoder(model, batch), batch)
 
 
 def at_scored(values: Tensor, batch: PairBatch) -> Tensor:

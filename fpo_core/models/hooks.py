@@ -1,10 +1,11 @@
-"""Read activations where an SAE was trained: hookpoints on Hugging Face decoder layers.
+"""Read activations where an SAE was trained: hookpoints on Hugging Face models.
 
-``resid_post`` at layer l is the output of decoder block l, before the final norm (never
-``hidden_states[-1]``, which transformers gives after it).
+``resid_post`` at layer l is the output of decoder block l, before the final norm. ``final_norm`` is
+the last hidden state *after* it (``hidden_states[-1]`` of transformers): no residual-stream SAE was
+trained there; it is what the authors' public code encodes, and here only to compare with that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fpo_core.errors import FPOError
+from fpo_core.hookpoint import Hookpoint
 
 
 class StopForward(Exception):
@@ -19,20 +21,23 @@ class StopForward(Exception):
 
 
 class Capture:
-    """Holds the activation that the hook last saw."""
+    """Holds the activations that the hooks last saw, by hookpoint."""
 
     def __init__(self) -> None:
-        self._value: Tensor | None = None
+        self._values: dict[Hookpoint, Tensor] = {}
 
-    @property
-    def value(self) -> Tensor:
+    def __getitem__(self, hookpoint: Hookpoint) -> Tensor:
         """The captured activation [batch, tokens, d_model]."""
-        assert self._value is not None, "the hooked layer has not run"
-        return self._value
+        assert hookpoint in self._values, f"{hookpoint} has not run"
+        return self._values[hookpoint]
 
-    def store(self, value: Tensor) -> None:
+    def __len__(self) -> int:
+        """Hookpoints seen so far."""
+        return len(self._values)
+
+    def store(self, hookpoint: Hookpoint, value: Tensor) -> None:
         """Keep the activation of this forward pass."""
-        self._value = value
+        self._values[hookpoint] = value
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -50,43 +55,69 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
+def hooked_module(model: nn.Module, hookpoint: Hookpoint) -> nn.Module:
+    """The module whose output is the hookpoint's activation.
+
+    Raises:
+        FPOError: when the model has no such layer or norm.
+    """
+    layers = decoder_layers(model)
+    if not 0 <= hookpoint.layer < len(layers):
+        raise FPOError(
+            f"sae: there is no layer {hookpoint.layer}, the model has layers 0 to {len(layers) - 1}"
+        )
+    if hookpoint.site == "resid_post":
+        return layers[hookpoint.layer]
+    norm = getattr(getattr(model, "model", model), "norm", None)
+    if not isinstance(norm, nn.Module):
+        raise FPOError(f"{type(model).__name__}: its final norm is not at `model.norm`")
+    return norm
+
+
 @contextmanager
-def capture_resid_post(model: nn.Module, layer: int, *, stop: bool = False) -> Iterator[Capture]:
-    """Capture the residual stream after decoder block ``layer`` while the context is open.
+def capture_activations(
+    model: nn.Module, hookpoints: Sequence[Hookpoint], *, stop: bool = False
+) -> Iterator[Capture]:
+    """Capture activations at the hookpoints while the context is open.
 
     Args:
         model: a causal LM.
-        layer: block index from 0.
-        stop: end the forward pass there (raises StopForward, which the caller catches).
+        hookpoints: where, each once.
+        stop: end the forward pass when all are captured (raises StopForward, which the caller
+            catches).
 
     Raises:
-        FPOError: when the model has no such layer.
+        FPOError: when the model has no such place.
     """
-    layers = decoder_layers(model)
-    if not 0 <= layer < len(layers):
-        raise FPOError(f"layer {layer}: the model has layers 0 to {len(layers) - 1}")
     capture = Capture()
 
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        # transformers 5 returns a Tensor here, older releases a tuple: `output[0]` on a Tensor
-        # would silently take the first row of the batch.
-        value = output[0] if isinstance(output, tuple) else output
-        assert isinstance(value, Tensor)
-        assert value.ndim == 3
-        capture.store(value)
-        if stop:
-            raise StopForward
+    def hook_of(hookpoint: Hookpoint) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            # transformers 5 returns a Tensor here, older releases a tuple: `output[0]` on a Tensor
+            # would silently take the first row of the batch.
+            value = output[0] if isinstance(output, tuple) else output
+            assert isinstance(value, Tensor)
+            assert value.ndim == 3
+            capture.store(hookpoint, value)
+            if stop and len(capture) == len(hookpoints):
+                raise StopForward
 
-    handle = layers[layer].register_forward_hook(hook)
+        return hook
+
+    modules = [(hooked_module(model, hookpoint), hookpoint) for hookpoint in hookpoints]
+    handles = [module.register_forward_hook(hook_of(point)) for module, point in modules]
     try:
         yield capture
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
 def resid_post(model: nn.Module, layer: int, input_ids: Tensor) -> Tensor:
     """The residual stream [batch, tokens, d_model] after block ``layer``; later ones do not run."""
-    with capture_resid_post(model, layer, stop=True) as capture, suppress(StopForward):
+    hookpoint = Hookpoint(layer)
+    capturing = capture_activations(model, [hookpoint], stop=True)
+    with capturing as capture, suppress(StopForward):
         model(input_ids=input_ids, use_cache=False)
-    return capture.value
+    return capture[hookpoint]

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fpo_core.hookpoint import Hookpoint, Site
 from fpo_core.recipe.methods import METHODS
 
 Positive = Annotated[float, Field(gt=0)]
@@ -83,6 +84,22 @@ class SaeTrainSettings(Settings):
     seed: int = Field(default=0, description="order of activations and initial weights")
 
 
+Layer = Annotated[int, Field(ge=0)]
+
+
+class AttachedSaeSettings(Settings):
+    """One more SAE that is held, at another place."""
+
+    source: str = Field(description="sae-lens folder, or release:sae_id of sae-lens' directory")
+    layer: Layer = Field(description="decoder block, from 0")
+    site: Site = Field(default="resid_post", description="hookpoint, as of sae.site")
+
+    @property
+    def hookpoint(self) -> Hookpoint:
+        """Where it reads."""
+        return Hookpoint(self.layer, self.site)
+
+
 class SaeSettings(Settings):
     """The sparse autoencoder: a stored one (`source`) or one to train (`train`)."""
 
@@ -90,22 +107,70 @@ class SaeSettings(Settings):
         default=None, description="sae-lens folder, or release:sae_id of sae-lens' directory"
     )
     train: SaeTrainSettings | None = Field(default=None, description="train one in the `sae` stage")
-    layer: Annotated[int, Field(ge=0)] = Field(description="decoder block, from 0")
-    site: Literal["resid_post"] = Field(default="resid_post", description="hookpoint")
+    layer: Layer = Field(description="decoder block, from 0")
+    site: Site = Field(
+        default="resid_post",
+        description="hookpoint: the block's output; `final_norm` is the last hidden state after "
+        "the final norm, which the authors' code encodes and no such SAE was trained on",
+    )
+    also: tuple[AttachedSaeSettings, ...] = Field(
+        default=(),
+        description="SAEs at further layers, whose discrepancies are added to the first one's; "
+        "evaluation and the report show the first one's features",
+    )
+
+    @property
+    def hookpoint(self) -> Hookpoint:
+        """Where it reads."""
+        return Hookpoint(self.layer, self.site)
 
     @model_validator(mode="after")
     def _one_origin(self) -> "SaeSettings":
         if (self.source is None) == (self.train is None):
             raise ValueError("give exactly one of sae.source and sae.train")
+        if self.train is not None and self.site != "resid_post":
+            raise ValueError("sae.train trains on resid_post; sae.site is for a stored SAE")
+        places = [self.hookpoint, *(other.hookpoint for other in self.also)]
+        if len(set(places)) < len(places):
+            raise ValueError(f"two SAEs at one place: {', '.join(map(str, places))}")
         return self
 
 
 class FeatureSettings(Settings):
     """What of the reference's features is cached."""
 
-    cache_k: Count = Field(default=256, description="pooled features stored a response")
-    tokens_k: Count = Field(default=32, description="features stored a token, for browsing")
+    cache_k: Count | Literal["all"] = Field(
+        default=256,
+        description="pooled features stored a response; `all` keeps every one that fires, so that "
+        "no index of the policy's top-k is missing",
+    )
+    tokens_k: Count = Field(
+        default=32,
+        description="features stored a token, for browsing and for train.pooled=false",
+    )
     examples: Count = Field(default=10, description="top examples stored a feature")
+
+
+class GroupSettings(Settings):
+    """A group of features that the constraint holds near the reference's (Section 5.3)."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)] = Field(
+        description="as the training metrics name it"
+    )
+    features: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        min_length=1, description="indices in the (first) SAE; their reference values are cached"
+    )
+    weight: NonNegative = Field(
+        default=1.0, description="of the group's mean squared change in D; 0 measures it only"
+    )
+
+    @field_validator("features")
+    @classmethod
+    def _each_once(cls, features: tuple[int, ...]) -> tuple[int, ...]:
+        twice = sorted({feature for feature in features if features.count(feature) > 1})
+        if twice:
+            raise ValueError(f"named twice: {', '.join(map(str, twice))}")
+        return features
 
 
 class TrainSettings(Settings):
@@ -132,6 +197,14 @@ class TrainSettings(Settings):
         default="union",
         description="whose top-k the discrepancy is over: of both (Eq. 10), or of one (`policy` is "
         "what the authors' code does)",
+    )
+    pooled: bool = Field(
+        default=True,
+        description="the discrepancy of mean activations (Eq. 10); false: of each token's, "
+        "averaged over the response, from the features/tokens cache",
+    )
+    groups: tuple[GroupSettings, ...] = Field(
+        default=(), description="feature groups that the constraint also holds, with weights"
     )
     lr: Positive = Field(default=5e-7, description="peak learning rate")
     warmup_steps: int = Field(default=150, ge=0, description="linear warm-up, then constant")
@@ -163,7 +236,22 @@ class TrainSettings(Settings):
             )
         if self.gamma is not None and method.gamma is None:
             raise ValueError(f"train.gamma is SimPO's target margin; {self.method} has none")
+        names = [group.name for group in self.groups]
+        if len(set(names)) < len(names):
+            raise ValueError(f"train.groups: a name is used twice: {', '.join(names)}")
+        if method.constraint != "features" and any(group.weight for group in self.groups):
+            having = [n for n, other in METHODS.items() if other.constraint == "features"]
+            raise ValueError(
+                f"train.groups weigh features in the constraint, and {self.method} constrains "
+                f"none; set their weight to 0 to measure them only, or train.method to "
+                f"{' or '.join(having)}"
+            )
         return self
+
+    @property
+    def pinned(self) -> tuple[int, ...]:
+        """The groups' features, each once, ascending: the cache holds all their values."""
+        return tuple(sorted({feature for group in self.groups for feature in group.features}))
 
 
 class EvaluationSettings(Settings):
@@ -217,9 +305,20 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _top_k_is_cached(self) -> "Recipe":
-        if self.train.k > self.features.cache_k:
+        k, features = self.train.k, self.features
+        if features.cache_k != "all" and k > features.cache_k:
             raise ValueError(
-                f"train.k={self.train.k} needs the reference's top {self.train.k} features, "
-                f"features.cache_k stores {self.features.cache_k}; raise features.cache_k"
+                f"train.k={k} needs the reference's top {k} features, "
+                f"features.cache_k stores {features.cache_k}; raise features.cache_k"
+            )
+        if not self.train.pooled and k > features.tokens_k:
+            raise ValueError(
+                f"train.pooled=false compares the top {k} features of every token (train.k), "
+                f"features.tokens_k stores {features.tokens_k}; raise features.tokens_k"
             )
         return self
+
+    @property
+    def hookpoints(self) -> tuple[Hookpoint, ...]:
+        """Where the SAEs read, the first one first."""
+        return (self.sae.hookpoint, *(other.hookpoint for other in self.sae.also))

@@ -7,6 +7,7 @@ What an SAE declares is honoured or refused by name, never ignored. Encoding is 
 Shapes: N tokens, F = d_sae.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from fpo_core.errors import FPOError
+from fpo_core.hookpoint import Hookpoint
 from fpo_core.sae.source import WEIGHTS_FILE, read_config
 
 # A BatchTopK SAE is stored as the JumpReLU that it is at inference.
 ARCHITECTURES = ("standard", "jumprelu", "topk", "gated")
-CHUNK_TOKENS = 512
+# Activations held at a time: chunks of tokens get shorter as the SAE gets wider.
+CHUNK_ELEMENTS = 1 << 23
 
 
 class Gate(NamedTuple):
@@ -34,7 +37,7 @@ class SparseCoder(NamedTuple):
     W_enc: Tensor  # [d_in, F]
     b_enc: Tensor  # [F]; b_mag of a gated one
     threshold: Tensor  # [F]; zeros but for JumpReLU
-    W_dec: Tensor  # [F, d_in]
+    W_dec: Tensor | None  # [F, d_in]; None where it is only encoded
     b_dec: Tensor  # [d_in]
     centred: bool  # b_dec is subtracted from the input (apply_b_dec_to_input)
     hook: str  # the hookpoint it declares, "" when it declares none
@@ -51,6 +54,12 @@ class SparseCoder(NamedTuple):
         """Number of features."""
         return self.W_enc.shape[1]
 
+    def chunks(self, tokens: int) -> Iterator[slice]:
+        """Slices of a number of tokens, each as long as encoding at a time should be."""
+        size = max(1, CHUNK_ELEMENTS // self.d_sae)
+        for start in range(0, tokens, size):
+            yield slice(start, min(start + size, tokens))
+
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations [N, F] of activations [N, d_in]."""
         acts = self._activate(self._centre(x), slice(None))
@@ -66,20 +75,24 @@ class SparseCoder(NamedTuple):
 
     def _activate(self, centred: Tensor, columns: Tensor | slice) -> Tensor:
         """Each feature by itself, before any choice among a token's features."""
-        pre_acts = centred @ self.W_enc[:, columns]
+        weight = self.W_enc[:, columns]
         if self.gate is None:
-            return _jump(pre_acts + self.b_enc[columns], self.threshold[columns])
-        magnitude = pre_acts * self.gate.scale[columns] + self.b_enc[columns]
-        return torch.where(pre_acts + self.gate.bias[columns] > 0, magnitude, 0.0).clamp_min(0.0)
+            pre_acts = torch.addmm(self.b_enc[columns], centred, weight)
+            # In place, which no gradient minds: a wide SAE's time goes into passes like this.
+            return pre_acts.mul_(pre_acts.detach() > self.threshold[columns].clamp_min(0.0))
+        projected = centred @ weight
+        magnitude = projected * self.gate.scale[columns] + self.b_enc[columns]
+        return torch.where(projected + self.gate.bias[columns] > 0, magnitude, 0.0).clamp_min(0.0)
 
     @torch.no_grad()
     def _kept(self, x: Tensor, columns: Tensor) -> Tensor:
         """Where a TopK SAE keeps the columns: that depends on the token's other features."""
-        parts = torch.split(x.detach(), CHUNK_TOKENS)
-        return torch.cat([self.encode(part)[:, columns] > 0 for part in parts])
+        x = x.detach()
+        return torch.cat([self.encode(x[part])[:, columns] > 0 for part in self.chunks(len(x))])
 
     def decode(self, acts: Tensor) -> Tensor:
         """Reconstruction [N, d_in] of the activations."""
+        assert self.W_dec is not None, "loaded for encoding only"
         return acts @ self.W_dec + self.b_dec
 
     def _centre(self, x: Tensor) -> Tensor:
@@ -95,12 +108,19 @@ class SparseCoder(NamedTuple):
         return coder._replace(gate=Gate(*(part.to(device) for part in self.gate)))
 
 
-def _jump(pre_acts: Tensor, threshold: Tensor) -> Tensor:
-    return torch.where(pre_acts > threshold, pre_acts, 0.0).clamp_min(0.0)
+class AttachedSae(NamedTuple):
+    """An SAE and the place whose activations it reads."""
+
+    coder: SparseCoder
+    hookpoint: Hookpoint
 
 
-def load_coder(folder: Path) -> SparseCoder:
+def load_coder(folder: Path, *, decoder: bool = True) -> SparseCoder:
     """Load an SAE from a folder in sae-lens' disk format.
+
+    Args:
+        folder: the SAE's.
+        decoder: whether to keep the decoder; half of the memory, and training only encodes.
 
     Raises:
         FPOError: files missing or unreadable, or a declared behaviour that is not supported.
@@ -119,7 +139,8 @@ def load_coder(folder: Path) -> SparseCoder:
         bias = state["b_mag"] if gated else state["b_enc"]
         coder = SparseCoder(
             state["W_enc"], bias, state.get("threshold", torch.zeros_like(bias)),
-            state["W_dec"], state["b_dec"], bool(config.get("apply_b_dec_to_input", True)),
+            state["W_dec"] if decoder else None, state["b_dec"],
+            bool(config.get("apply_b_dec_to_input", True)),
             str((config.get("metadata") or {}).get("hook_name") or ""),
             k=int(config["k"]) if config.get("architecture") == "topk" else None,
             gate=Gate(state["b_gate"], state["r_mag"].exp()) if gated else None,
@@ -156,25 +177,22 @@ def _refuse_unsupported(config: dict[str, Any], folder: Path) -> None:
             )
 
 
-def check_fits(
-    coder: SparseCoder, hidden_size: int, layer: int, num_layers: int, name: str
-) -> None:
-    """Refuse an SAE that was not made for this model's layer.
+def check_fits(coder: SparseCoder, hidden_size: int, hookpoint: Hookpoint, name: str) -> None:
+    """Refuse an SAE that was not made for this place of this model.
+
+    At ``final_norm`` every SAE is out of its place, which who asks for it knows.
 
     Raises:
-        FPOError: d_in differs from the model's hidden size, the layer does not exist, or the SAE
-            declares another hookpoint.
+        FPOError: d_in differs from the model's hidden size, or the SAE declares another hookpoint.
     """
     if coder.d_in != hidden_size:
         raise FPOError(
             f"SAE {name}: it reads activations of width {coder.d_in} (d_in), the model's hidden "
             f"size is {hidden_size}; choose an SAE trained on this model"
         )
-    if layer >= num_layers:
-        raise FPOError(f"sae.layer={layer}: the model has layers 0 to {num_layers - 1}")
-    expected = f"blocks.{layer}.hook_resid_post"
-    if coder.hook and coder.hook != expected:
+    expected = f"blocks.{hookpoint.layer}.hook_resid_post"
+    if coder.hook and coder.hook != expected and hookpoint.site != "final_norm":
         raise FPOError(
-            f"SAE {name}: it declares the hookpoint {coder.hook!r}, the recipe asks for layer "
-            f"{layer} resid_post ({expected!r}); set sae.layer to the SAE's own"
+            f"SAE {name}: it declares the hookpoint {coder.hook!r}, the recipe asks for "
+            f"{hookpoint} ({expected!r}); set its layer to the SAE's own"
         )

@@ -45,6 +45,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FPOError(f"SAE {path}: not JSON (line {error.lineno}: {error.msg})") from error
 
 
+def declared_width(source: str) -> int | None:
+    """d_sae as the SAE's ``cfg.json`` says it; None for a release that was never fetched."""
+    if is_release(source) and not _release_folder(source).is_dir():
+        return None
+    folder = _release_folder(source) if is_release(source) else local_folder(source)
+    return read_config(folder).get("d_sae")
+
+
 def local_folder(source: str) -> Path:
     """The folder of a local SAE, checked to be one."""
     folder = Path(source).expanduser()

@@ -1,25 +1,41 @@
 """Training examples from aligned shards, and the order they are trained in."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
 from fpo_core.data.batches import PairIds
 from fpo_core.errors import FPOError
-from fpo_core.features.pool import TopFeatures
+
+SIDES = ("chosen", "rejected")
+RECOMPUTE = "recompute it with `fpo run RECIPE --from features --force`"
 
 
 class PooledFeatures(NamedTuple):
     """The cached pooled features of one response."""
 
-    indices: np.ndarray  # [cache_k] or fewer
+    indices: np.ndarray  # [cache_k] or fewer, by descending value
     values: np.ndarray
-    cutoff: float
+    cutoff: float  # largest value that is not stored; 0 when all are
+    pinned: np.ndarray  # [P] values of the pinned features
+
+
+class TokenFeatures(NamedTuple):
+    """The cached features of one response's tokens."""
+
+    indices: np.ndarray  # [n, tokens_k] int32, by descending value; -1 where a token has fewer
+    values: np.ndarray  # [n, tokens_k] float32
+    cutoff: np.ndarray  # [n] a bound on what is not stored; 0 when all are
+
+
+class CachedSide(NamedTuple):
+    """What an SAE's cache holds of one response."""
+
+    pooled: PooledFeatures
+    tokens: TokenFeatures | None  # read for the unpooled discrepancy only
 
 
 class Example(NamedTuple):
@@ -27,48 +43,174 @@ class Example(NamedTuple):
 
     ids: PairIds
     logps: tuple[float, float]  # reference, summed: chosen, rejected
-    features: tuple[PooledFeatures, PooledFeatures]  # reference: chosen, rejected
+    features: tuple[tuple[CachedSide, CachedSide], ...]  # an SAE: chosen, rejected
+
+
+class FeatureShards(NamedTuple):
+    """One SAE's cache: files aligned with the pairs', and what it has to be."""
+
+    pooled: tuple[Path, ...]
+    tokens: tuple[Path, ...]  # empty unless the unpooled discrepancy is trained on
+    d_sae: int
+    pinned: tuple[int, ...]  # features whose values have to be there
+    label: str  # for messages, e.g. "features (layer 20 resid_post)"
 
 
 def read_examples(
-    pairs: tuple[Path, ...], reference: tuple[Path, ...], pooled: tuple[Path, ...], split: str
-) -> list[Example]:
+    pairs: Sequence[Path], reference: Sequence[Path], features: Sequence[FeatureShards], k: int,
+    split: str,
+) -> list[Example]:  # fmt: skip
     """Join the aligned shards of a split, row by row.
 
+    Args:
+        pairs: shards of token ids.
+        reference: shards of the reference's log-probs.
+        features: every SAE's shards.
+        k: the discrepancy's top-k, which a cache has to hold.
+        split: ``train`` or ``heldout``.
+
     Raises:
-        FPOError: shards that do not hold the same pairs or the same scored tokens.
+        FPOError: shards that do not hold the same pairs or the same scored tokens, or features that
+            do not serve this SAE, k or groups; naming the row and both values.
     """
     examples: list[Example] = []
-    for shard, files in enumerate(zip(pairs, reference, pooled, strict=True)):
-        ids, refs, feats = (pq.read_table(path).to_pylist() for path in files)
-        if not len(ids) == len(refs) == len(feats) // 2:
+    for shard, (ids_file, logps_file) in enumerate(zip(pairs, reference, strict=True)):
+        ids, refs = (pq.read_table(path).to_pylist() for path in (ids_file, logps_file))
+        if len(ids) != len(refs):
             raise FPOError(
-                f"shard {shard}: {len(ids)} pairs, {len(refs)} reference rows and "
-                f"{len(feats)} feature rows; rerun reference and features with --force"
+                f"shard {shard}: {len(ids)} pairs, {len(refs)} reference rows; recompute with `fpo "
+                f"run RECIPE --from reference --force`"
             )
+        cached = [_read_features(cache, shard, ids, k) for cache in features]
         for row, (pair, ref) in enumerate(zip(ids, refs, strict=True)):
+            where = f"shard {shard}, row {row}"
+            _check_row("reference", where, pair, ref["pair_id"], _counts(ref))
             if pair["split"] == split:
-                examples.append(_join(pair, ref, feats[2 * row : 2 * row + 2], shard, row))
+                sides = tuple((rows[2 * row], rows[2 * row + 1]) for rows in cached)
+                examples.append(_example(pair, ref, sides))
     return examples
 
 
-def _join(pair: dict, ref: dict, feats: list[dict], shard: int, row: int) -> Example:
-    where = f"shard {shard}, row {row}"
-    names = {pair["pair_id"], ref["pair_id"], *(feature["pair_id"] for feature in feats)}
-    if len(names) != 1:
-        raise FPOError(
-            f"{where}: pairs, reference and features disagree on the pair: {sorted(names)}"
-        )
-    for side, feature in zip(("chosen", "rejected"), feats, strict=True):
-        counts = {len(pair[f"{side}_ids"]), ref[f"{side}_tokens"], feature["n_tokens"]}
-        if len(counts) != 1 or feature["side"] != side:
-            raise FPOError(f"{where}: the caches disagree on the {side} response: {counts} tokens")
+def _example(pair: dict, ref: dict, sides: tuple[tuple[CachedSide, CachedSide], ...]) -> Example:
     ids = PairIds(pair["pair_id"], pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"])
-    stored = [
-        PooledFeatures(np.array(f["indices"]), np.array(f["values"], dtype=np.float32), f["cutoff"])
-        for f in feats
-    ]
-    return Example(ids, (ref["chosen_logp"], ref["rejected_logp"]), (stored[0], stored[1]))
+    return Example(ids, (ref["chosen_logp"], ref["rejected_logp"]), sides)
+
+
+def _counts(ref: dict) -> tuple[int, int]:
+    return ref["chosen_tokens"], ref["rejected_tokens"]
+
+
+def _check_row(
+    label: str, where: str, pair: dict, pair_id: str, counts: tuple[int, int]
+) -> None:  # fmt: skip
+    """Refuse a cache's row that is of another pair, or of other scored tokens."""
+    if pair_id != pair["pair_id"]:
+        raise FPOError(
+            f"{where}: pairs and {label} disagree on the pair: {pair['pair_id']} and {pair_id}; "
+            f"recompute the caches with `fpo run RECIPE --from reference --force`"
+        )
+    for side, cached in zip(SIDES, counts, strict=True):
+        scored = len(pair[f"{side}_ids"])
+        if cached != scored:
+            raise FPOError(
+                f"{where}: the {side} response of pair {pair_id} has {scored} scored tokens, "
+                f"{label} was made of {cached}; recompute the caches with `fpo run RECIPE --from "
+                f"reference --force`"
+            )
+
+
+def _read_features(
+    cache: FeatureShards, shard: int, pairs: Sequence[dict], k: int
+) -> list[CachedSide]:  # fmt: skip
+    """The rows of a shard, two a pair, each checked against its pair and the SAE."""
+    rows = pq.read_table(cache.pooled[shard]).to_pylist()
+    if len(rows) != 2 * len(pairs):
+        raise FPOError(
+            f"shard {shard}: {len(pairs)} pairs, {len(rows)} rows of {cache.label}, which has two "
+            f"a pair; {RECOMPUTE}"
+        )
+    for number, pair in enumerate(pairs):
+        where = f"shard {shard}, row {number}"
+        chosen, rejected = rows[2 * number : 2 * number + 2]
+        counts = (chosen["n_tokens"], rejected["n_tokens"])
+        for row in (chosen, rejected):
+            _check_row(cache.label, where, pair, row["pair_id"], counts)
+            _check_serves(row, cache, where, k)
+    lengths = [row["n_tokens"] for row in rows]
+    tokens = _read_tokens(cache, shard, lengths) if cache.tokens else [None] * len(rows)
+    return [
+        CachedSide(_pooled(row, cache), found) for row, found in zip(rows, tokens, strict=True)
+    ]  # fmt: skip
+
+
+def _check_serves(row: dict, cache: FeatureShards, where: str, k: int) -> None:
+    """Refuse a row of another SAE, of too small a top-k, or without the groups' values."""
+    highest = max(row["indices"], default=-1)
+    if highest >= cache.d_sae:
+        raise FPOError(
+            f"{where}: {cache.label} names feature {highest}, the SAE has 0 to {cache.d_sae - 1}: "
+            f"the cache is of another SAE; {RECOMPUTE}"
+        )
+    if len(row["indices"]) < min(k, row["nonzero"]):
+        raise FPOError(
+            f"{where}: train.k={k}, {cache.label} stores {len(row['indices'])} of {row['nonzero']} "
+            f"features; raise features.cache_k, or lower train.k"
+        )
+    absent = sorted(set(cache.pinned) - set(row["pinned"]))
+    if absent:
+        raise FPOError(
+            f"{where}: train.groups hold feature {', '.join(map(str, absent))}, {cache.label} has "
+            f"no values of it pinned; {RECOMPUTE}"
+        )
+
+
+def _pooled(row: dict, cache: FeatureShards) -> PooledFeatures:
+    pinned = dict(zip(row["pinned"], row["pinned_values"], strict=True))
+    return PooledFeatures(
+        np.array(row["indices"], dtype=np.int64),
+        np.array(row["values"], dtype=np.float32),
+        row["cutoff"],
+        np.array([pinned[feature] for feature in cache.pinned], dtype=np.float32),
+    )
+
+
+def _read_tokens(cache: FeatureShards, shard: int, lengths: Sequence[int]) -> list[TokenFeatures]:
+    """The token features of a shard, response by response: its rows are in that order."""
+    table = pq.read_table(cache.tokens[shard], columns=["indices", "values", "nonzero"])
+    if table.num_rows != sum(lengths):
+        raise FPOError(
+            f"shard {shard}: {sum(lengths)} scored tokens, {table.num_rows} rows of the token "
+            f"features of {cache.label}; {RECOMPUTE}"
+        )
+    lists: Any = table["indices"].combine_chunks()
+    stored = np.diff(lists.offsets.to_numpy())
+    width = max(1, int(stored.max(initial=0)))
+    filled = np.arange(width) < stored[:, None]
+    indices = np.full(filled.shape, -1, dtype=np.int32)
+    values = np.zeros(filled.shape, dtype=np.float32)
+    indices[filled] = lists.flatten().to_numpy()
+    values[filled] = table["values"].combine_chunks().flatten().to_numpy()
+    # What is left out of a token is at most the last value that is stored.
+    last = values[np.arange(len(values)), np.maximum(stored - 1, 0)]
+    cutoff = np.where(table["nonzero"].to_numpy() > stored, last, 0.0).astype(np.float32)
+    ends = np.cumsum(lengths)[:-1]
+    parts = (np.split(column, ends) for column in (indices, values, cutoff))
+    return [TokenFeatures(*columns) for columns in zip(*parts, strict=True)]
+
+
+def check_vocabulary(examples: Sequence[Example], size: int) -> None:
+    """Refuse pairs of another tokenizer, as far as token ids show it.
+
+    Raises:
+        FPOError: naming a pair whose ids the model does not have.
+    """
+    for example in examples:
+        highest = max(max(ids) for ids in example.ids[1:])
+        if highest >= size:
+            raise FPOError(
+                f"pair {example.ids.pair_id} has the token id {highest}, the model's vocabulary "
+                f"has {size}: `pairs` was made with another tokenizer; rerun from tokenize"
+            )
 
 
 def epoch_batches(
@@ -87,16 +229,3 @@ def epoch_batches(
 def num_steps(num_examples: int, batch_size: int, epochs: int) -> int:
     """Optimizer steps of a run."""
     return epochs * -(-num_examples // batch_size)
-
-
-def reference_features(examples: list[Example], device: str) -> tuple[TopFeatures, Tensor]:
-    """The cached features of a batch as padded tensors [R, cache_k] and the cutoffs [R]."""
-    rows = [feature for example in examples for feature in example.features]
-    width = max(1, *(len(row.indices) for row in rows))
-    indices = torch.full((len(rows), width), -1, dtype=torch.int64)
-    values = torch.zeros(len(rows), width)
-    for number, row in enumerate(rows):
-        indices[number, : len(row.indices)] = torch.as_tensor(row.indices.astype(np.int64))
-        values[number, : len(row.values)] = torch.as_tensor(row.values)
-    cutoff = torch.tensor([row.cutoff for row in rows])
-    return TopFeatures(indices.to(device), values.to(device)), cutoff.to(device)

@@ -5,10 +5,28 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from fpo_core.hookpoint import Hookpoint
 from fpo_core.recipe.schema import TrainSettings
 
 # What the workers write below the job's output folder.
 ERROR_FILE, METRICS_FILE, MODEL_FOLDER = "error.json", "metrics.jsonl", "model"
+BAD_BATCH_FILE = "bad-batch-step{step}-rank{rank}.parquet"  # the batch of a loss that is not finite
+
+
+class JobSae(BaseModel):
+    """An SAE and its cache of the reference's features."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path
+    hookpoint: Hookpoint
+    pooled: tuple[Path, ...]  # shards aligned with the pairs'
+    tokens: tuple[Path, ...] = ()  # the same, for the unpooled discrepancy
+
+    @property
+    def label(self) -> str:
+        """Its cache, as messages name it."""
+        return f"features ({self.hookpoint})"
 
 
 class TrainingJob(BaseModel):
@@ -18,12 +36,10 @@ class TrainingJob(BaseModel):
 
     model_folder: Path
     attention: str
-    sae_folder: Path
-    layer: int
+    saes: tuple[JobSae, ...]  # the first one has the groups
     settings: TrainSettings
     pairs: tuple[Path, ...]  # aligned shards: the i-th of each holds the same pairs
     reference: tuple[Path, ...]
-    pooled: tuple[Path, ...]
     reference_dtype: str  # dtype the caches were computed in; bounds the drift at step 0
     tokens_per_batch: int
     threads: int | None

@@ -4,12 +4,14 @@ Measured on the first batch from the real caches. A cache that was made with ano
 tokenizer, SAE, dtype or scoring rule shows here, before an hour of GPU time is spent.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fpo_core.errors import FPOError
+from fpo_core.training.cached import CachedBatch
 
 # Largest drift of an average log-prob (nats a token) and of D relative to the features' own
 # square that rounding explains, by the dtype of the reference pass.
@@ -26,10 +28,11 @@ class StartReport(NamedTuple):
 
 def check_start(
     logps: Tensor,
-    reference_logps: Tensor,
+    cached: CachedBatch,
     lengths: Tensor,
-    discrepancy: Tensor,
-    reference_values: Tensor,
+    discrepancies: Sequence[Tensor],
+    labels: Sequence[str],
+    k: int,
     dtype: str,
     pair_ids: tuple[str, ...],
 ) -> StartReport:
@@ -37,33 +40,38 @@ def check_start(
 
     Args:
         logps: [R] the policy's summed log-probs.
-        reference_logps: [R] the cached ones.
+        cached: the reference side.
         lengths: [R] scored tokens.
-        discrepancy: [R] feature discrepancies.
-        reference_values: [R, k] cached feature values, for scale.
+        discrepancies: [R] of each SAE.
+        labels: of each SAE's cache, for messages.
+        k: the discrepancies' top-k.
         dtype: of the reference pass.
         pair_ids: of the batch, for the message.
 
     Raises:
         FPOError: naming the cache that disagrees, by how much, and what to do.
     """
-    drift = ((logps - reference_logps).abs() / lengths).double()
-    scale = reference_values.square().sum(1).clamp_min(1e-12) / reference_values.shape[1]
-    relative = (discrepancy / scale).double()
-    report = StartReport(float(drift.max()), float(relative.max()))
-    faults = []
-    if not report.logp_drift <= LOGP_TOLERANCE[dtype]:
+    drift = ((logps - cached.logps).abs() / lengths).double()
+    faults, worst = [], 0.0
+    if not float(drift.max()) <= LOGP_TOLERANCE[dtype]:
         faults.append(
             f"`reference`: the cached log-probs differ from the policy's by "
-            f"{report.logp_drift:.3g} nats a token (pair {_worst(drift, pair_ids)}; {dtype} "
+            f"{float(drift.max()):.3g} nats a token (pair {_worst(drift, pair_ids)}; {dtype} "
             f"explains {LOGP_TOLERANCE[dtype]:g})"
         )
-    if not report.discrepancy <= DISCREPANCY_TOLERANCE[dtype]:
-        faults.append(
-            f"`features`: the discrepancy is {report.discrepancy:.3g} of the features' own "
-            f"size (pair {_worst(relative, pair_ids)}; {dtype} explains "
-            f"{DISCREPANCY_TOLERANCE[dtype]:g})"
-        )
+    for pooled, discrepancy, label in zip(cached.pooled, discrepancies, labels, strict=True):
+        values = pooled.top.values[:, :k]
+        # Of tokens' features too: a mean of squares is at least the square of the mean.
+        scale = values.square().sum(1).clamp_min(1e-12) / values.shape[1]
+        relative = (discrepancy / scale).double()
+        worst = max(worst, float(relative.max()))
+        if not float(relative.max()) <= DISCREPANCY_TOLERANCE[dtype]:
+            faults.append(
+                f"`{label}`: the discrepancy is {float(relative.max()):.3g} of the features' own "
+                f"size (pair {_worst(relative, pair_ids)}; {dtype} explains "
+                f"{DISCREPANCY_TOLERANCE[dtype]:g})"
+            )
+    report = StartReport(float(drift.max()), worst)
     if faults:
         raise FPOError(
             "before the first step the policy is the reference, but the caches disagree with it: "

@@ -9,62 +9,52 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fpo_core import objectives
 from fpo_core.data.batches import PairBatch, batches_by_length, collate
 from fpo_core.errors import FPOError
-from fpo_core.features.discrepancy import Discrepancy, feature_discrepancy
-from fpo_core.logprobs import kl_divergences, output_head, sum_by_response
+from fpo_core.hookpoint import Hookpoint
+from fpo_core.logprobs import output_head
 from fpo_core.models.forward import PairForward, forward_pairs
 from fpo_core.models.load import load_model, prepare_cpu
 from fpo_core.recipe.methods import METHODS
-from fpo_core.recipe.options import objective_options
-from fpo_core.sae.coder import SparseCoder, load_coder
+from fpo_core.sae.coder import AttachedSae, load_coder
+from fpo_core.training.bad_batch import keep_bad_batch
+from fpo_core.training.cached import cached_batch
 from fpo_core.training.examples import (
     Example,
+    FeatureShards,
+    check_vocabulary,
     epoch_batches,
     num_steps,
     read_examples,
-    reference_features,
 )
-from fpo_core.training.job import ERROR_FILE, METRICS_FILE, MODEL_FOLDER, TrainingJob
+from fpo_core.training.job import (
+    BAD_BATCH_FILE,
+    ERROR_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    TrainingJob,
+)
+from fpo_core.training.loss import BatchLoss, PairLoss, metric_sums
 from fpo_core.training.start_gate import check_start
 
 
 class Policy(nn.Module):
     """The language model with ``forward`` over pairs, which is what the engine wraps."""
 
-    def __init__(self, model: Any, layer: int) -> None:
+    def __init__(self, model: Any, hookpoints: Sequence[Hookpoint]) -> None:
         super().__init__()
-        self.model, self.layer = model, layer
+        self.model, self.hookpoints = model, hookpoints
 
     def forward(self, batch: PairBatch) -> PairForward:
         """Log-probs and activations of a batch of pairs."""
-        return forward_pairs(self.model, batch, self.layer)
-
-
-class StepMetrics(NamedTuple):
-    """Sums over pairs of what a step logs; divided by the batch size when written."""
-
-    loss: float
-    accuracy: float
-    margin: float
-    chosen_reward: float
-    rejected_reward: float
-    difference: float  # the three parts of u
-    target_margin: float
-    constraint: float
-    discrepancy_chosen: float
-    discrepancy_rejected: float
-    kl_chosen: float  # 0 where the objective needs no live reference
-    kl_rejected: float
-    missing: float
-    tokens: float
+        return forward_pairs(self.model, batch, self.hookpoints)
 
 
 class Trainer:
@@ -85,16 +75,35 @@ class Trainer:
         deepspeed.init_distributed(dist_backend="nccl" if self.cuda else "gloo", verbose=False)
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if self.cuda else "cpu"
-        self.examples = read_examples(job.pairs, job.reference, job.pooled, "train")
+        self.loss = PairLoss(job.settings, self._saes(), self._live_reference())
+        self.examples = self._examples()
         self.steps = num_steps(len(self.examples), job.settings.batch_size, job.settings.epochs)
-        self.coder: SparseCoder = load_coder(job.sae_folder).to(self.device)
-        self.method, self.options = METHODS[job.settings.method], objective_options(job.settings)
-        self.reference = self._live_reference() if self.method.needs_reference_model else None
         self.engine = self._engine()
         self.grad_norm: float | None = None
 
+    def _saes(self) -> list[AttachedSae]:
+        return [
+            AttachedSae(load_coder(sae.folder, decoder=False).to(self.device), sae.hookpoint)
+            for sae in self.job.saes
+        ]
+
+    def _examples(self) -> list[Example]:
+        settings = self.job.settings
+        caches = [
+            FeatureShards(
+                sae.pooled, sae.tokens, attached.coder.d_sae,
+                settings.pinned if number == 0 else (), sae.label,
+            )
+            for number, (sae, attached) in enumerate(
+                zip(self.job.saes, self.loss.saes, strict=True)
+            )
+        ]  # fmt: skip
+        return read_examples(self.job.pairs, self.job.reference, caches, settings.k, "train")
+
     def _live_reference(self) -> Any:
         """The frozen reference model, for objectives with a KL; the others never load it."""
+        if not METHODS[self.job.settings.method].needs_reference_model:
+            return None
         return load_model(
             self.job.model_folder, dtype=self.job.reference_dtype, attention=self.job.attention,
             device=self.device,
@@ -112,12 +121,13 @@ class Trainer:
             attn_implementation=self.job.attention,
             local_files_only=True,
         )
+        check_vocabulary(self.examples, len(output_head(model).weight))
         model.train()
         model.apply(_without_dropout)
         if settings.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         engine, *_ = deepspeed.initialize(
-            model=Policy(model, self.job.layer),
+            model=Policy(model, self.loss.hookpoints),
             optimizer=self._optimizer(model),
             lr_scheduler=self._warmup,
             config={
@@ -158,37 +168,33 @@ class Trainer:
         with (self.job.output / METRICS_FILE).open("w") as log:
             for step, rows in enumerate(order, start=1):
                 started = time.monotonic()
-                sums = self._step([self.examples[row] for row in rows], first=step == 1)
+                sums = self._step(step, [self.examples[row] for row in rows])
                 if self.rank == 0:
                     record = self._record(step, sums, len(rows), time.monotonic() - started)
                     log.write(json.dumps(record) + "\n")
                     log.flush()
         self._save()
 
-    def _step(self, batch: list[Example], *, first: bool) -> StepMetrics:
+    def _step(self, step: int, batch: list[Example]) -> dict[str, float]:
         mine = batch[self.rank :: self.world]
         groups = self._micro_batches(mine)
-        totals = torch.zeros(len(StepMetrics._fields), dtype=torch.float64)
+        totals: dict[str, float] = {}
         for number, rows in enumerate(groups):
             examples = [mine[row] for row in rows] or batch[:1]
-            losses, sums = self._losses(examples, check=first)
-            if not torch.isfinite(losses).all():
-                raise FPOError(
-                    f"the loss is {losses.tolist()} for the pairs "
-                    f"{[example.ids.pair_id for example in examples]}; lower train.lr or "
-                    f"train.max_grad_norm"
-                )
+            loss, tokens = self._losses(step, examples)
             self.engine.set_gradient_accumulation_boundary(number == len(groups) - 1)
             # DeepSpeed averages over ranks; the objective is the mean over the global batch.
             weight = self.world / len(batch) if rows else 0.0
-            self.engine.backward(losses.sum() * weight)
+            self.engine.backward(loss.losses.sum() * weight)
             if number == len(groups) - 1:
                 self.grad_norm = self._fp32_grad_norm()
             self.engine.step()
-            if rows:
-                totals += torch.tensor(sums, dtype=torch.float64)
-        torch.distributed.all_reduce(totals := totals.to(self.device))
-        return StepMetrics(*totals.tolist())
+            sums = {**metric_sums(loss, self.job.settings), "tokens": float(tokens)}
+            counted = 1.0 if rows else 0.0
+            totals = {name: totals.get(name, 0.0) + counted * sums[name] for name in sums}
+        summed = torch.tensor(list(totals.values()), dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(summed)
+        return dict(zip(totals, summed.tolist(), strict=True))
 
     def _fp32_grad_norm(self) -> float | None:
         """The unclipped gradient's norm on the plain float32 path, where DeepSpeed reports none."""
@@ -208,52 +214,27 @@ class Trainer:
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         return groups + [[] for _ in range(int(most) - len(groups))]
 
-    def _losses(self, examples: list[Example], *, check: bool) -> tuple[Tensor, StepMetrics]:
+    def _losses(self, step: int, examples: list[Example]) -> tuple[BatchLoss, int]:
+        """The loss of a micro-batch, and its tokens."""
         batch = collate([example.ids for example in examples], device=self.device)
         out: PairForward = self.engine(batch)
-        reference, cutoff = reference_features(examples, self.device)
-        with torch.set_grad_enabled(self.method.constraint == "features"):
-            features = feature_discrepancy(
-                self.coder, out.activations, batch.response, batch.lengths,
-                reference, cutoff, self.job.settings.k, self.job.settings.index_set,
-            )  # fmt: skip
-        kl = self._kl(batch, out)
-        reference_logps = torch.tensor(
-            [logp for example in examples for logp in example.logps],
-            dtype=torch.float64, device=self.device,
-        )  # fmt: skip
-        if check:
+        cached = cached_batch(examples, self.device)
+        loss = self.loss(output_head(self.engine.module.model), batch, out, cached)
+        if step == 1:
             check_start(
-                out.logps.detach(), reference_logps, batch.lengths, features.values.detach(),
-                reference.values[:, : self.job.settings.k], self.job.reference_dtype,
-                batch.pair_ids,
+                loss.policy_logps, cached, batch.lengths, loss.sae_discrepancies,
+                [sae.label for sae in self.job.saes], self.job.settings.k,
+                self.job.reference_dtype, batch.pair_ids,
             )  # fmt: skip
-        divergence = kl if self.method.constraint == "kl" else features.values
-        sides = [
-            objectives.SideScores(
-                out.logps[side::2], reference_logps[side::2], batch.lengths[side::2],
-                divergence[side::2],
-            )
-            for side in (0, 1)
-        ]  # fmt: skip
-        result = objectives.objective(self.method, self.options, *sides)
-        return result.losses, _sums(result, features, kl.detach(), batch)
+        if not torch.isfinite(loss.losses).all():
+            file = self.job.output / BAD_BATCH_FILE.format(step=step, rank=self.rank)
+            raise keep_bad_batch(file, step, examples, loss)
+        return loss, batch.num_tokens
 
-    def _kl(self, batch: PairBatch, out: PairForward) -> Tensor:
-        """K [R]: KL(reference || policy) summed over scored positions; 0 without a reference."""
-        if self.reference is None:
-            return torch.zeros(len(batch.lengths), dtype=torch.float64, device=self.device)
-        with torch.no_grad():
-            ref = forward_pairs(self.reference, batch, self.job.layer)
-        divergences = kl_divergences(
-            ref.hidden, output_head(self.reference),
-            out.hidden, output_head(self.engine.module.model),
-        )  # fmt: skip
-        return sum_by_response(divergences, batch.response, len(batch.lengths))
-
-    def _record(self, step: int, sums: StepMetrics, pairs: int, seconds: float) -> dict[str, Any]:
-        means = {name: value / pairs for name, value in sums._asdict().items()}
-        del means["tokens"]
+    def _record(
+        self, step: int, sums: dict[str, float], pairs: int, seconds: float
+    ) -> dict[str, Any]:
+        means = {name: value / pairs for name, value in sums.items() if name != "tokens"}
         return {
             "step": step,
             "steps": self.steps,
@@ -262,7 +243,7 @@ class Trainer:
             "grad_norm": self._grad_norm(),
             "lr": float(self.engine.get_lr()[0]),
             "seconds": seconds,
-            "tokens_per_second": sums.tokens / seconds,
+            "tokens_per_second": sums["tokens"] / seconds,
         }
 
     def _grad_norm(self) -> float | None:
@@ -283,29 +264,6 @@ def _without_dropout(module: Any) -> None:
         module.attention_dropout = 0.0
     elif isinstance(module, nn.Dropout):
         module.p = 0.0
-
-
-def _sums(
-    result: objectives.Objective, features: Discrepancy, kl: Tensor, batch: PairBatch
-) -> StepMetrics:
-    margins = result.chosen_rewards - result.rejected_rewards
-    values = features.values.detach()
-    return StepMetrics(
-        loss=float(result.losses.detach().sum()),
-        accuracy=float((margins > 0).sum()),
-        margin=float(margins.sum()),
-        chosen_reward=float(result.chosen_rewards.sum()),
-        rejected_reward=float(result.rejected_rewards.sum()),
-        difference=float(result.difference.sum()),
-        target_margin=float(result.margin.sum()),
-        constraint=float(result.constraint.sum()),
-        discrepancy_chosen=float(values[0::2].sum()),
-        discrepancy_rejected=float(values[1::2].sum()),
-        kl_chosen=float(kl[0::2].sum()),
-        kl_rejected=float(kl[1::2].sum()),
-        missing=float(features.missing.sum()),
-        tokens=float(batch.num_tokens),
-    )
 
 
 def main() -> int:

@@ -7,8 +7,9 @@ import torch
 from fpo_core.evaluation.generate import Sampling, generate_answers, mean_entropy
 from fpo_core.evaluation.heldout import HeldoutScores, score_heldout
 from fpo_core.evaluation.metrics import METRICS, bootstrap_draws, estimate, heldout_metrics
-from fpo_core.sae.coder import load_coder
-from fpo_core.training.examples import Example, PooledFeatures
+from fpo_core.hookpoint import Hookpoint
+from fpo_core.sae.coder import AttachedSae, load_coder
+from fpo_core.training.examples import CachedSide, Example, PooledFeatures
 from tests.fpo_core.test_offline import plain, score
 from tests.tiny import D_SAE, SAE_LAYER, make_model
 
@@ -20,23 +21,30 @@ def examples(pairs, sae):
     assert scores.reference is not None
     assert scores.pooled is not None
     stored = [
-        PooledFeatures(np.asarray(indices), np.asarray(values, dtype=np.float32), cutoff)
+        CachedSide(
+            PooledFeatures(
+                np.asarray(indices), np.asarray(values, dtype=np.float32), cutoff, np.zeros(0)
+            ),
+            None,
+        )
         for indices, values, cutoff in zip(
             scores.pooled["indices"], scores.pooled["values"], scores.pooled["cutoff"], strict=True
         )
     ]
     logps = zip(scores.reference["chosen_logp"], scores.reference["rejected_logp"], strict=True)
     return [
-        Example(pair, (float(chosen), float(rejected)), (stored[2 * n], stored[2 * n + 1]))
+        Example(pair, (float(chosen), float(rejected)), ((stored[2 * n], stored[2 * n + 1]),))
         for n, (pair, (chosen, rejected)) in enumerate(zip(pairs, logps, strict=True))
     ]
 
 
+def attached(sae):
+    return AttachedSae(load_coder(sae), Hookpoint(SAE_LAYER))
+
+
 def test_scores_equal_the_plain_computation(examples, sae):
     policy, reference = make_model(seed=5), make_model()
-    found = score_heldout(
-        policy, reference, examples, load_coder(sae), SAE_LAYER, k=8, tokens_per_batch=40
-    )
+    found = score_heldout(policy, reference, examples, attached(sae), k=8, tokens_per_batch=40)
     for row, example in enumerate(examples):
         for side, response in enumerate((example.ids.chosen, example.ids.rejected)):
             response = list(response)
@@ -62,7 +70,7 @@ def plain_kl(prompt, response) -> float:
 
 def test_the_reference_measured_against_itself_is_at_zero(examples, sae):
     found = score_heldout(
-        make_model(), make_model(), examples, load_coder(sae), SAE_LAYER, k=8, tokens_per_batch=40
+        make_model(), make_model(), examples, attached(sae), k=8, tokens_per_batch=40
     )
     np.testing.assert_allclose(found.policy_logps, found.reference_logps, atol=1e-4)
     np.testing.assert_allclose(found.kl, 0, atol=1e-5)
@@ -76,6 +84,8 @@ def scores_by_hand() -> HeldoutScores:
         policy_logps=np.array([[-2.0, -8.0], [-3.0, -2.0]]),
         reference_logps=np.array([[-4.0, -6.0], [-4.0, -4.0]]),
         kl=np.array([[1.0, 2.0], [3.0, 6.0]]),
+        policy_entropy=np.array([[2.0, 8.0], [1.0, 6.0]]),
+        reference_entropy=np.array([[4.0, 8.0], [2.0, 8.0]]),
         discrepancy=np.array([[0.1, 0.3], [0.5, 0.7]]),
         policy_means=np.zeros((2, 3)), reference_means=np.zeros((2, 3)),
     )  # fmt: skip

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from fpo_core.data.batches import PairIds, batches_by_length, collate
+from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.forward import forward_pairs, scored_activations
 from tests.tiny import SAE_LAYER, make_model
+
+HOOKS = [Hookpoint(SAE_LAYER)]
 
 PAIRS = [
     PairIds("a", [0, 5, 9, 13], [7, 8, 21, 1], [30, 1]),
@@ -34,14 +37,14 @@ def test_pair_rows_equal_separate_responses(kind):
     model = make_model(kind)
     batch = collate(PAIRS, pad_id=3)
     with torch.no_grad():
-        out = forward_pairs(model, batch, SAE_LAYER)
+        out = forward_pairs(model, batch, HOOKS)
     for row, pair in enumerate(PAIRS):
         for side, response in enumerate((pair.chosen, pair.rejected)):
             logp, activations = plain(model, pair.prompt, response, SAE_LAYER)
             number = 2 * row + side
             assert batch.lengths[number] == len(response)
             torch.testing.assert_close(out.logps[number], logp, rtol=1e-5, atol=1e-4)
-            got = out.activations[batch.response == number]
+            got = out.activations[0][batch.response == number]
             torch.testing.assert_close(got, activations, rtol=1e-4, atol=1e-4)
 
 
@@ -49,9 +52,9 @@ def test_pair_rows_equal_separate_responses(kind):
 def test_padding_and_neighbours_change_nothing(kind):
     model = make_model(kind)
     with torch.no_grad():
-        together = forward_pairs(model, collate(PAIRS), SAE_LAYER).logps.reshape(-1, 2)
+        together = forward_pairs(model, collate(PAIRS), HOOKS).logps.reshape(-1, 2)
         for row, pair in enumerate(PAIRS):
-            alone = forward_pairs(model, collate([pair]), SAE_LAYER).logps
+            alone = forward_pairs(model, collate([pair]), HOOKS).logps
             torch.testing.assert_close(alone, together[row], rtol=1e-5, atol=1e-4)
 
 
@@ -59,8 +62,8 @@ def test_stopping_early_gives_the_same_activations():
     model = make_model()
     batch = collate(PAIRS)
     with torch.no_grad():
-        full = forward_pairs(model, batch, SAE_LAYER).activations
-        early = scored_activations(model, batch, SAE_LAYER)
+        full = forward_pairs(model, batch, HOOKS).activations[0]
+        early = scored_activations(model, batch, HOOKS)[0]
     assert torch.equal(full, early)
 
 
@@ -72,10 +75,10 @@ def test_activation_checkpointing_keeps_values_and_gradients():
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.zero_grad()
-        out = forward_pairs(model, batch, SAE_LAYER)
-        (out.logps.sum() + out.activations.square().sum()).backward()
+        out = forward_pairs(model, batch, HOOKS)
+        (out.logps.sum() + out.activations[0].square().sum()).backward()
         gradient = model.model.layers[0].mlp.up_proj.weight.grad.clone()
-        results.append((out.logps.detach(), out.activations.detach(), gradient))
+        results.append((out.logps.detach(), out.activations[0].detach(), gradient))
     for before, after in zip(*results, strict=True):
         torch.testing.assert_close(after, before)
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fpo_core.features.stats import merge_stats
+from fpo_core.hookpoint import Hookpoint
 from fpo_core.offline import score_shard
 from fpo_core.recipe.schema import FeatureSettings
 from fpo_core.sae.coder import load_coder
@@ -15,7 +16,8 @@ SETTINGS = FeatureSettings(cache_k=10, tokens_k=4, examples=3)
 
 def score(model, pairs, sae, *, budget=64, want_reference=True, coder=True):
     return score_shard(
-        model, pairs, SAE_LAYER, coder=load_coder(sae) if coder else None, features=SETTINGS,
+        model, pairs, Hookpoint(SAE_LAYER),
+        coder=load_coder(sae) if coder else None, features=SETTINGS,
         want_reference=want_reference, tokens_per_batch=budget,
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Training in real DeepSpeed worker processes, on caches made by the real offline pass."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,14 +18,18 @@ from transformers import AutoModelForCausalLM
 
 from fpo_core.data.batches import PairIds
 from fpo_core.errors import FPOError
+from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.load import load_model
 from fpo_core.offline import score_shard
 from fpo_core.recipe.schema import FeatureSettings, TrainSettings
 from fpo_core.sae.coder import load_coder
-from fpo_core.training.examples import epoch_batches, read_examples
-from fpo_core.training.job import TrainingJob
+from fpo_core.training.examples import FeatureShards, epoch_batches, read_examples
+from fpo_core.training.job import JobSae, TrainingJob
 from fpo_core.training.launch import run_workers
 from tests.tiny import SAE_LAYER, save_model, save_sae
+
+PINNED = (2, 5, 40)
+FIRST, LAST = Hookpoint(SAE_LAYER), Hookpoint(2, "final_norm")
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +54,15 @@ def caches(tmp_path_factory):
 def write_caches(root, pairs, model):
     coder = load_coder(root / "sae")
     scores = score_shard(
-        model, pairs, SAE_LAYER, coder=coder, features=FeatureSettings(cache_k=96),
+        model, pairs, Hookpoint(SAE_LAYER), coder=coder,
+        features=FeatureSettings(cache_k=96, tokens_k=96), pinned=PINNED,
         want_reference=True, tokens_per_batch=64,
     )  # fmt: skip
+    last = score_shard(
+        model, pairs, LAST, coder=coder, features=FeatureSettings(cache_k=96),
+        want_reference=False, tokens_per_batch=64,
+    )  # fmt: skip
+    pq.write_table(pa.table(last.pooled), root / "last.parquet")
     rows = [
         {"pair_id": p.pair_id, "prompt_ids": p.prompt, "chosen_ids": p.chosen,
          "rejected_ids": p.rejected, "split": "train"}
@@ -60,22 +71,31 @@ def write_caches(root, pairs, model):
     pq.write_table(pa.Table.from_pylist(rows), root / "pairs.parquet")
     pq.write_table(pa.table(scores.reference), root / "reference.parquet")
     pq.write_table(pa.table(scores.pooled), root / "pooled.parquet")
+    pq.write_table(pa.table(scores.tokens), root / "tokens.parquet")
 
 
-def job(root: Path, output: Path, **settings) -> TrainingJob:
+def sae(root: Path, hookpoint=FIRST, pooled="pooled", tokens=()) -> JobSae:
+    return JobSae(
+        folder=root / "sae", hookpoint=hookpoint, pooled=(root / f"{pooled}.parquet",),
+        tokens=tuple(root / f"{name}.parquet" for name in tokens),
+    )  # fmt: skip
+
+
+def job(root: Path, output: Path, saes=(), **settings) -> TrainingJob:
     defaults = {"lr": 1e-3, "warmup_steps": 0, "batch_size": 4, "k": 8, "epochs": 2}
     return TrainingJob(
-        model_folder=root / "model", attention="sdpa", sae_folder=root / "sae", layer=SAE_LAYER,
+        model_folder=root / "model", attention="sdpa",
+        saes=saes or (sae(root),),
         settings=TrainSettings(**{**defaults, **settings}),
         pairs=(root / "pairs.parquet",), reference=(root / "reference.parquet",),
-        pooled=(root / "pooled.parquet",), reference_dtype="float32",
+        reference_dtype="float32",
         tokens_per_batch=64, threads=1, output=output,
     )  # fmt: skip
 
 
-def train(root, output, ranks=1, **settings):
+def train(root, output, ranks=1, saes=(), **settings):
     records = []
-    run_workers(job(root, output, **settings), ranks, records.append)
+    run_workers(job(root, output, saes, **settings), ranks, records.append)
     return records, load_file(output / "model" / "model.safetensors")
 
 
@@ -100,6 +120,56 @@ def test_objectives_with_a_live_reference_measure_and_hold_its_kl(caches, tmp_pa
     assert parts["difference"] - parts["target_margin"] - parts["constraint"] > 0
     simpo, _ = train(caches, tmp_path / "simpo", method="simpo_kl", epochs=6)
     assert simpo[-1]["loss"] < simpo[0]["loss"]
+
+
+def test_unpooled_discrepancy_from_the_token_cache(caches, tmp_path):
+    records, _ = train(
+        caches, tmp_path, saes=(sae(caches, tokens=["tokens"]),), pooled=False, epochs=6
+    )
+    assert records[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert records[0]["discrepancy_rejected"] < 1e-9
+    assert records[-1]["discrepancy_rejected"] > 1e-4
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert all(record["missing"] == 0 for record in records)
+
+
+def test_further_saes_add_their_discrepancy(caches, tmp_path):
+    """Another place, here after the final norm; held alone, and together with the first."""
+    both = (sae(caches), sae(caches, LAST, "last"))
+    held = {"alpha": 4.0, "epochs": 4}
+    one, two, sum_ = (
+        train(caches, tmp_path / name, saes=saes, **held)[0]
+        for name, saes in (("one", both[:1]), ("two", both[1:]), ("sum", both))
+    )
+    assert sum_[0]["discrepancy_chosen"] < 1e-8
+    # After one same step the two discrepancies add up; later the runs differ.
+    assert one[1]["discrepancy_rejected"] > 0
+    assert two[1]["discrepancy_rejected"] > 0
+    assert sum_[1]["discrepancy_rejected"] == pytest.approx(
+        one[1]["discrepancy_rejected"] + two[1]["discrepancy_rejected"], rel=1e-4
+    )
+
+
+def test_a_group_with_a_weight_stays_nearer_to_the_reference(caches, tmp_path):
+    """Two groups are measured; the weight is on one, whose change on the rejected side shrinks."""
+
+    def groups(weight):
+        return [
+            {"name": "held", "features": [40, 2], "weight": weight},
+            {"name": "free", "features": [5], "weight": 0},
+        ]
+
+    free, held = (
+        train(caches, tmp_path / name, groups=groups(weight), alpha=8.0, epochs=6, lr=5e-4)[0]
+        for name, weight in (("free", 0.0), ("held", 3.0))
+    )
+    assert held[0]["group.held_rejected"] < 1e-10
+
+    def late(records, group):
+        return sum(record[f"group.{group}_rejected"] for record in records[-4:])
+
+    assert late(held, "held") < 0.5 * late(free, "held")
+    assert late(held, "free") > 0.5 * late(free, "free")
 
 
 def test_sft_makes_the_chosen_responses_likelier(caches, tmp_path):
@@ -136,27 +206,81 @@ def test_repeated_run_is_bitwise_the_same(caches, tmp_path):
 def test_caches_of_another_model_are_refused_before_the_first_step(caches, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    for name in ("pairs", "reference", "pooled"):
+    for name in ("pairs", "reference", "pooled", "tokens"):
         (other / f"{name}.parquet").write_bytes((caches / f"{name}.parquet").read_bytes())
     save_model(other / "model", seed=7)
     save_sae(other / "sae")
-    with pytest.raises(FPOError, match=r"`reference`.*nats a token.*`features`.*--force"):
+    with pytest.raises(FPOError, match=r"`reference`.*nats a token.*`features .*--force"):
         run_workers(job(other, tmp_path / "out"), 1, [].append)
 
 
-def test_non_finite_loss_stops_and_names_the_pairs(caches, tmp_path):
-    with pytest.raises(FPOError, match=r"loss is .*nan.*p\d"):
+def test_non_finite_loss_stops_names_the_pairs_and_keeps_the_batch(caches, tmp_path):
+    with pytest.raises(FPOError, match=r"step 2: the loss is not finite for pair p\d \(nan\)"):
         train(caches, tmp_path, lr=1e30, max_grad_norm=1e30, epochs=4)
+    (file,) = tmp_path.glob("bad-batch-step2-rank0.parquet")
+    kept = pq.read_table(file).to_pylist()
+    assert len(kept) == 8  # a row a response of the batch's four pairs
+    pairs = {row["pair_id"]: row for row in pq.read_table(caches / "pairs.parquet").to_pylist()}
+    for row in kept:
+        assert row["response_ids"] == pairs[row["pair_id"]][f"{row['side']}_ids"]
+        assert row["reference_logp"] < 0
+        assert math.isnan(row["loss"])
 
 
-def test_shards_that_do_not_hold_the_same_pairs_are_refused(caches, tmp_path):
-    table = pq.read_table(caches / "reference.parquet")
-    pq.write_table(table.take([1, 0, *range(2, 8)]), tmp_path / "swapped.parquet")
-    with pytest.raises(FPOError, match=r"shard 0, row 0.*disagree on the pair"):
-        read_examples(
-            (caches / "pairs.parquet",), (tmp_path / "swapped.parquet",),
-            (caches / "pooled.parquet",), "train",
-        )  # fmt: skip
+def first(column, value):
+    """Change a column of a table's first row."""
+
+    def change(table):
+        values = [value, *table[column].to_pylist()[1:]]
+        number = table.schema.get_field_index(column)
+        return table.set_column(
+            number,
+            table.schema.field(number),
+            pa.array(values, type=table.schema.field(number).type),
+        )
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("reference", lambda table: table.take([1, 0, *range(2, 8)]),
+         "shard 0, row 0: pairs and reference disagree on the pair: p0 and p1"),
+        ("reference", lambda table: table.slice(1), "8 pairs, 7 reference rows"),
+        ("reference", first("rejected_tokens", 9),
+         "the rejected response of pair p0 has 2 scored tokens, reference was made of 9"),
+        ("pooled", first("n_tokens", 7),
+         r"chosen response of pair p0 has 3 scored tokens, features \(layer 1 resid_post\) was "
+         "made of 7"),
+        ("pooled", lambda table: table.slice(2), "8 pairs, 14 rows of features"),
+        ("pooled", first("indices", [3, 500]), "names feature 500, the SAE has 0 to 95"),
+        ("pooled", lambda table: first("values", [1.0])(first("indices", [3])(table)),
+         r"train.k=8, features \(layer 1 resid_post\) stores 1 of \d+ features"),
+        ("pooled", lambda table: first("pinned_values", [0.0])(first("pinned", [2])(table)),
+         "train.groups hold feature 5, 40, .* has no values of it pinned"),
+        ("tokens", lambda table: table.slice(1), r"\d+ scored tokens, \d+ rows of the token"),
+    ],
+)  # fmt: skip
+def test_caches_that_disagree_are_named_with_both_values(caches, tmp_path, name, change, message):
+    for table in ("pairs", "reference", "pooled", "tokens"):
+        found = pq.read_table(caches / f"{table}.parquet")
+        pq.write_table(change(found) if table == name else found, tmp_path / f"{table}.parquet")
+    one = {table: (tmp_path / f"{table}.parquet",) for table in ("pooled", "tokens")}
+    cache = FeatureShards(**one, d_sae=96, pinned=PINNED, label="features (layer 1 resid_post)")
+    pairs, reference = ([tmp_path / f"{table}.parquet"] for table in ("pairs", "reference"))
+    with pytest.raises(FPOError, match=message):
+        read_examples(pairs, reference, [cache], 8, "train")
+
+
+def test_pairs_of_another_tokenizer_are_refused(caches, tmp_path):
+    """Ids that the model's vocabulary does not have; others show at the first step's check."""
+    for file in caches.glob("*.parquet"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_model(tmp_path / "model", vocab_size=200)
+    save_sae(tmp_path / "sae")
+    with pytest.raises(FPOError, match=r"has the token id \d+, the model's vocabulary has 200"):
+        run_workers(job(tmp_path, tmp_path / "out"), 1, [].append)
 
 
 def test_order_is_a_permutation_of_every_epoch():

@@ -25,6 +25,8 @@ def pooled(rows: int = 300) -> pa.Table:
             "nonzero": [50] * rows,
             "mass": [float(n) for n in range(rows)],
             "cutoff": [0.0] * rows,
+            "pinned": [[3, 700]] * rows,
+            "pinned_values": [[0.0, 1.5]] * rows,
         },
         schema=schemas.FEATURES_POOLED,
     )

@@ -107,11 +107,12 @@ def test_versions_are_pinned(recipe, store):
     assert shapes == {
         "tokenize": ["limit", "max_length", "max_prompt_length", "shard_pairs", "template"],
         "reference": ["attention", "dtype"],
-        "features": ["attention", "cache_k", "dtype", "examples", "layer", "site", "tokens_k"],
+        "features": ["attention", "cache_k", "dtype", "examples", "layer", "pinned", "site",
+            "tokens_k"],
         "train": [
             "activation_checkpointing", "alpha", "attention", "batch_size", "beta", "epochs",
-            "gamma", "index_set", "k", "lr", "max_grad_norm", "method", "optimizer", "per_token",
-            "seed", "stop_gradient", "warmup_steps", "zero_stage",
+            "gamma", "groups", "index_set", "k", "lr", "max_grad_norm", "method", "optimizer",
+            "per_token", "pooled", "seed", "stop_gradient", "warmup_steps", "zero_stage",
         ],
         "evaluate": [
             "attention", "bootstrap", "k", "max_new_tokens", "prompts", "seed", "temperature",
