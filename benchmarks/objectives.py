@@ -2,6 +2,8 @@
 
     python -m benchmarks.objectives [--tokens 4096] [--rounds 3]
 
+``python -m benchmarks.steps`` compares whole training steps.
+
 Forward and backward over hidden states of width 576 (SmolLM2-135M's) and a head of 49,152 and of
 256,000 tokens, float32. Each measurement is a process of its own, the variants in turn; peak memory
 is the process's above what it was before the step. Prints a Markdown table.
@@ -10,9 +12,9 @@ is the process's above what it was before the step. Prints a Markdown table.
 import argparse
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
+
+from benchmarks.peak import PeakMemory
 
 VOCABULARIES, WIDTH = (49_152, 256_000), 576
 VARIANTS = ("naive", "ours")
@@ -76,42 +78,11 @@ def _measure(variant: str, vocabulary: int, tokens: int) -> tuple[float, float]:
         hidden.grad = weight.grad = None
 
     step(8)  # the libraries' own buffers
-    with _PeakMemory() as peak:
+    with PeakMemory() as memory:
         started = time.perf_counter()
         step(tokens)
         seconds = time.perf_counter() - started
-    return peak.mebibytes, seconds
-
-
-class _PeakMemory:
-    """The most resident memory while the context is open, above what it was at its start."""
-
-    def __enter__(self) -> "_PeakMemory":
-        self._start = self._most = _resident()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.005):
-            self._most = max(self._most, _resident())
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    @property
-    def mebibytes(self) -> float:
-        return (self._most - self._start) / 1024
-
-
-def _resident() -> int:
-    """KiB of this process in memory."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1])
-    raise RuntimeError("this system does not tell a process's memory")
+    return memory.added, seconds
 
 
 def _median(values: list[float]) -> float:

@@ -4,11 +4,13 @@ Tokens x vocabulary is never held: logits are made in chunks of tokens, and agai
 All chunks add into one weight-gradient buffer (plain checkpointing would hold one a chunk).
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fpo_core import logprob_kernel
 from fpo_core.errors import FPOError
 
 # Fewer would save little more, and each chunk goes over the whole weight gradient once.
@@ -54,6 +56,8 @@ def selected_logps(
 ) -> Tensor:
     """log p(target) at each scored position.
 
+    On CUDA the cut-cross-entropy kernel computes them where it applies (``logprob_kernel``).
+
     Args:
         hidden: [N, d_model] final hidden states at the scored positions.
         head: the output head.
@@ -63,9 +67,18 @@ def selected_logps(
     Returns:
         [N] float32, differentiable in ``hidden`` and ``head.weight``.
     """
-    result = _SelectedLogps.apply(hidden, head.weight, targets, head.softcap, head.scale, chunk)
-    assert isinstance(result, Tensor)
-    return result
+    weight, softcap, scale = head
+
+    def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        result = _SelectedLogps.apply(hidden, weight, targets, softcap, scale, chunk)
+        assert isinstance(result, Tensor)
+        return result
+
+    if logprob_kernel.applies(hidden, weight, softcap):
+        kernel = functools.partial(logprob_kernel.kernel_logps, softcap=softcap, scale=scale)
+        if logprob_kernel.agrees(kernel, plain, hidden, weight, targets, (softcap, scale)):
+            return kernel(hidden, weight, targets)
+    return plain(hidden, weight, targets)
 
 
 def kl_divergences(

@@ -6,26 +6,23 @@ its size, whatever the ranks and micro-batches.
 """
 
 import json
-import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from fpo_core.data.batches import PairBatch, batches_by_length, collate
+from fpo_core.data.batches import batches_by_length, collate
 from fpo_core.errors import FPOError
-from fpo_core.hookpoint import Hookpoint
 from fpo_core.logprobs import output_head
-from fpo_core.models.forward import PairForward, forward_pairs
+from fpo_core.models.forward import PairForward
 from fpo_core.models.load import load_model, prepare_cpu
 from fpo_core.recipe.methods import METHODS
 from fpo_core.sae.coder import AttachedSae, load_coder
 from fpo_core.training.bad_batch import keep_bad_batch
 from fpo_core.training.cached import cached_batch
+from fpo_core.training.engine import fp32_grad_norm, make_engine, start_distributed
 from fpo_core.training.examples import (
     Example,
     FeatureShards,
@@ -45,18 +42,6 @@ from fpo_core.training.loss import BatchLoss, PairLoss, metric_sums
 from fpo_core.training.start_gate import check_start
 
 
-class Policy(nn.Module):
-    """The language model with ``forward`` over pairs, which is what the engine wraps."""
-
-    def __init__(self, model: Any, hookpoints: Sequence[Hookpoint]) -> None:
-        super().__init__()
-        self.model, self.hookpoints = model, hookpoints
-
-    def forward(self, batch: PairBatch) -> PairForward:
-        """Log-probs and activations of a batch of pairs."""
-        return forward_pairs(self.model, batch, self.hookpoints)
-
-
 class Trainer:
     """One rank's engine, data and loop.
 
@@ -65,16 +50,9 @@ class Trainer:
     """
 
     def __init__(self, job: TrainingJob) -> None:
-        import deepspeed
-
         self.job = job
-        self.cuda = torch.cuda.is_available()
-        # Else DeepSpeed compiles a shared-memory all-reduce when it first starts on a CPU, which
-        # takes a C++ compiler and most of a minute, and serves several ranks of one machine only.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="nccl" if self.cuda else "gloo", verbose=False)
+        self.device = start_distributed()
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if self.cuda else "cpu"
         self.loss = PairLoss(job.settings, self._saes(), self._live_reference())
         self.examples = self._examples()
         self.steps = num_steps(len(self.examples), job.settings.batch_size, job.settings.epochs)
@@ -110,10 +88,8 @@ class Trainer:
         )  # fmt: skip
 
     def _engine(self) -> Any:
-        import deepspeed
         from transformers import AutoModelForCausalLM
 
-        settings = self.job.settings
         # float32 masters: at lr 5e-7 a bfloat16 parameter would not move.
         model = AutoModelForCausalLM.from_pretrained(
             self.job.model_folder,
@@ -122,42 +98,8 @@ class Trainer:
             local_files_only=True,
         )
         check_vocabulary(self.examples, len(output_head(model).weight))
-        model.train()
-        model.apply(_without_dropout)
-        if settings.activation_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        engine, *_ = deepspeed.initialize(
-            model=Policy(model, self.loss.hookpoints),
-            optimizer=self._optimizer(model),
-            lr_scheduler=self._warmup,
-            config={
-                "train_micro_batch_size_per_gpu": 1,  # ours vary; the loss is scaled here, below
-                "gradient_accumulation_steps": 1,
-                "zero_optimization": {"stage": settings.zero_stage},
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "gradient_clipping": settings.max_grad_norm,
-                "bf16": {"enabled": self.cuda and self.job.reference_dtype == "bfloat16"},
-                "steps_per_print": sys.maxsize,
-            },
-        )
-        return engine
-
-    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        kinds: dict[str, Any] = {
-            "adam": torch.optim.Adam,
-            "adamw": torch.optim.AdamW,
-            "rmsprop": torch.optim.RMSprop,
-        }
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        fused = {} if self.job.settings.optimizer == "rmsprop" else {"fused": True}
-        return kinds[self.job.settings.optimizer](parameters, lr=self.job.settings.lr, **fused)
-
-    def _warmup(self, optimizer: Any) -> Any:
-        warmup = min(self.job.settings.warmup_steps, self.steps)
-        return torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1))
-        )
+        half = self.job.reference_dtype == "bfloat16" and self.device != "cpu"
+        return make_engine(model, self.loss.hookpoints, self.job.settings, self.steps, half=half)
 
     def run(self) -> None:
         """Train to the end and save the policy."""
@@ -187,7 +129,7 @@ class Trainer:
             weight = self.world / len(batch) if rows else 0.0
             self.engine.backward(loss.losses.sum() * weight)
             if number == len(groups) - 1:
-                self.grad_norm = self._fp32_grad_norm()
+                self.grad_norm = fp32_grad_norm(self.engine)
             self.engine.step()
             sums = {**metric_sums(loss, self.job.settings), "tokens": float(tokens)}
             counted = 1.0 if rows else 0.0
@@ -195,13 +137,6 @@ class Trainer:
         summed = torch.tensor(list(totals.values()), dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(summed)
         return dict(zip(totals, summed.tolist(), strict=True))
-
-    def _fp32_grad_norm(self) -> float | None:
-        """The unclipped gradient's norm on the plain float32 path, where DeepSpeed reports none."""
-        if self.engine.bfloat16_enabled() or self.job.settings.zero_stage:
-            return None
-        grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(grads))
 
     def _micro_batches(self, mine: list[Example]) -> list[list[int]]:
         """Rows of each micro-batch; as many on every rank, for ZeRO reduces at each backward.
@@ -256,14 +191,6 @@ class Trainer:
             model.config.use_cache = True
             model.save_pretrained(self.job.output / MODEL_FOLDER)
         torch.distributed.barrier()
-
-
-def _without_dropout(module: Any) -> None:
-    """The invariant at step 0 needs policy = reference, in training mode too."""
-    if hasattr(module, "attention_dropout"):
-        module.attention_dropout = 0.0
-    elif isinstance(module, nn.Dropout):
-        module.p = 0.0
 
 
 def main() -> int:

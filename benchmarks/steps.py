@@ -1,0 +1,252 @@
+"""Whole training steps of the objectives, side by side: time and peak memory.
+
+    python -m benchmarks.steps
+    python -m benchmarks.steps --shape gemma2-2b --variants dpo-live simpo tdpo1 tdpo2 fpo:16384
+
+The first compares SimPO with FPO on SmolLM2-135M's shape. A step is what the train stage does with
+a batch: forward, loss with caches and SAE, backward and optimizer, on a DeepSpeed engine. Weights
+and SAE are random, of the named shape: neither time nor memory depends on their values. ``dpo-live`` is DPO with a reference model in memory instead of the
+cache, as general trainers have it; ``simpo`` reads no features at all, where the train stage would
+also measure them. ``fpo:N`` has an SAE of N features.
+
+Time: in one process on one engine, the variants in turn, each round's time divided by that
+round's first variant. Memory: a process each, the whole of its peak during the second step; on a
+GPU what torch allocated. The second command is the paper's Figure 4; it needs one GPU with
+80 GB, where it computes in bfloat16 with float32 masters.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.peak import PeakMemory
+from fpo_core.data.batches import PairIds, collate
+from fpo_core.features.discrepancy import CachedFeatures
+from fpo_core.features.pool import pool_features, top_features
+from fpo_core.hookpoint import Hookpoint
+from fpo_core.logprobs import output_head
+from fpo_core.models.forward import forward_pairs
+from fpo_core.quiet import set_quiet_defaults
+from fpo_core.recipe.schema import TrainSettings
+from fpo_core.sae.coder import AttachedSae, SparseCoder
+from fpo_core.training.cached import CachedBatch
+from fpo_core.training.engine import make_engine, start_distributed
+from fpo_core.training.loss import PairLoss
+
+LLAMA, GEMMA2 = "llama", "gemma2"
+CACHE_K = 256
+
+
+class Shape(NamedTuple):
+    """A model's shape, and the batch that one micro-step of it takes."""
+
+    kind: str
+    config: dict[str, Any]
+    layer: int  # of the SAE
+    pairs: int
+    prompt: int
+    response: int
+
+
+SHAPES = {
+    "smollm2-135m": Shape(
+        LLAMA,
+        {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536,
+         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+         "tie_word_embeddings": True},
+        20, 4, 64, 96,
+    ),
+    "gemma2-2b": Shape(
+        GEMMA2,
+        {"vocab_size": 256_000, "hidden_size": 2304, "intermediate_size": 9216,
+         "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
+         "head_dim": 256, "sliding_window": 4096, "final_logit_softcapping": 30.0,
+         "attn_logit_softcapping": 50.0, "query_pre_attn_scalar": 256},
+        25, 2, 512, 768,
+    ),
+    "tiny": Shape(
+        GEMMA2,
+        {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16},
+        1, 2, 8, 8,
+    ),
+}  # fmt: skip
+
+
+def main() -> None:
+    """Measure and print a Markdown table; with ``--one`` measure in this process."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--variants", nargs="+", default=["simpo", "fpo:16384", "fpo:65536"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pairs", type=int, help="pairs a step; default: the shape's")
+    parser.add_argument("--one", choices=("time", "memory"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    shape = SHAPES[options.shape]
+    if options.pairs:
+        shape = shape._replace(pairs=options.pairs)
+    if options.one == "time":
+        print(json.dumps(_times(shape, options.variants, options.rounds)))
+    elif options.one == "memory":
+        print(json.dumps(_memory(shape, options.variants[0])))
+    else:
+        _table(options.shape, options.variants, options.rounds, shape.pairs)
+
+
+def _table(shape: str, variants: Sequence[str], rounds: int, pairs: int) -> None:
+    common = ["--shape", shape, "--pairs", str(pairs), "--rounds", str(rounds)]
+    times = _measured([*common, "--one", "time", "--variants", *variants])
+    memory = {
+        name: _measured([*common, "--one", "memory", "--variants", name]) for name in variants
+    }
+    first = variants[0]
+    print(f"| step | seconds | time / {first} | peak, MiB | of it the SAE | peak / {first} |")
+    print("|---|---|---|---|---|---|")
+    for name in variants:
+        ratios = [one / base for one, base in zip(times[name], times[first], strict=True)]
+        peak, sae = memory[name]
+        print(
+            f"| {name} | {statistics.median(times[name]):.2f} | {statistics.median(ratios):.3f} "
+            f"({min(ratios):.3f}-{max(ratios):.3f}) | {peak:,.0f} | {sae:,.0f} | "
+            f"{peak / memory[first][0]:.3f} |"
+        )
+
+
+def _measured(arguments: Sequence[str]) -> Any:
+    command = [sys.executable, "-m", "benchmarks.steps", *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+class _Bench:
+    """One engine, one batch, and the losses of the variants."""
+
+    def __init__(self, shape: Shape, variants: Sequence[str]) -> None:
+        import os
+
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
+                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():  # fmt: skip
+            os.environ.setdefault(name, value)
+        self.device = start_distributed()
+        self.half = self.device != "cpu"
+        self.hookpoint = Hookpoint(shape.layer)
+        model = _model(shape).float()
+        live = {"dpo-live", "tdpo1", "tdpo2"} & set(variants)
+        self.reference = self._frozen(shape) if live else None
+        self.batch = collate(_pairs(shape), device=self.device)
+        settings = TrainSettings(activation_checkpointing=shape.kind == GEMMA2)
+        engine = make_engine(model, (), settings, 100, half=self.half)
+        self.engine, self.policy = engine, engine.module
+        self.losses = {name: self._loss(name, shape) for name in variants}
+        self.caches = {name: self._cached(loss) for name, loss in self.losses.items()}
+
+    def _frozen(self, shape: Shape) -> Any:
+        reference = _model(shape).to(self.device, torch.bfloat16 if self.half else torch.float32)
+        return reference.requires_grad_(requires_grad=False).eval()
+
+    def _loss(self, name: str, shape: Shape) -> PairLoss:
+        method, _, width = name.partition(":")
+        saes = [AttachedSae(self._coder(shape, int(width)), self.hookpoint)] if width else []
+        constrained = method in ("tdpo1", "tdpo2")
+        settings = TrainSettings(method=method.partition("-")[0])
+        return PairLoss(settings, saes, self.reference if constrained else None)
+
+    def _coder(self, shape: Shape, d_sae: int) -> SparseCoder:
+        """A random JumpReLU SAE whose threshold leaves about 50 features a token."""
+        d_in = shape.config["hidden_size"]
+        weight = torch.randn(d_in, d_sae) / d_in**0.5
+        coder = SparseCoder(
+            weight, torch.zeros(d_sae), torch.full((d_sae,), 2.7), None, torch.zeros(d_in),
+            centred=False, hook="",
+        )  # fmt: skip
+        return coder.to(self.device)
+
+    @torch.no_grad()
+    def _cached(self, loss: PairLoss) -> CachedBatch:
+        """The reference side as the caches would have it: of the policy itself, before step 1."""
+        out = forward_pairs(self.policy.model, self.batch, loss.hookpoints)
+        rows = []
+        for sae, activations in zip(loss.saes, out.activations, strict=True):
+            pooled = pool_features(sae.coder, activations, self.batch.response, self.batch.lengths)
+            rows.append(
+                CachedFeatures(top_features(pooled, CACHE_K), torch.zeros(len(pooled)).to(pooled))
+            )
+        nothing = torch.zeros(len(self.batch.lengths), 0, device=self.device)
+        return CachedBatch(out.logps, tuple(rows), (), nothing)
+
+    def step(self, name: str) -> float:
+        """One optimizer step; returns its seconds."""
+        loss, cached = self.losses[name], self.caches[name]
+        self._synchronize()
+        started = time.perf_counter()
+        self.policy.hookpoints = loss.hookpoints
+        out = self.engine(self.batch)
+        if name == "dpo-live":
+            with torch.no_grad():
+                cached = cached._replace(logps=forward_pairs(self.reference, self.batch, ()).logps)
+        result = loss(output_head(self.policy.model), self.batch, out, cached)
+        self.engine.backward(result.losses.mean())
+        self.engine.step()
+        self._synchronize()
+        return time.perf_counter() - started
+
+    def _synchronize(self) -> None:
+        if self.half:
+            torch.cuda.synchronize()
+
+
+def _model(shape: Shape) -> Any:
+    from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    if shape.kind == LLAMA:
+        return LlamaForCausalLM(LlamaConfig(**shape.config))
+    config = Gemma2Config(**shape.config)
+    config._attn_implementation = "eager"  # soft-capped attention logits
+    return Gemma2ForCausalLM(config)
+
+
+def _pairs(shape: Shape) -> list[PairIds]:
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(shape.config["vocab_size"], (count,), generator=generator).tolist()
+
+    lengths = (shape.prompt, shape.response, shape.response)
+    return [PairIds(str(pair), *(ids(n) for n in lengths)) for pair in range(shape.pairs)]
+
+
+def _times(shape: Shape, variants: Sequence[str], rounds: int) -> dict[str, list[float]]:
+    bench = _Bench(shape, variants)
+    for name in variants:
+        bench.step(name)
+    every: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds):
+        # Forwards and backwards in turn, so that a drift of the machine falls on all alike.
+        for name in variants if number % 2 == 0 else reversed(variants):
+            every[name].append(bench.step(name))
+    return every
+
+
+def _memory(shape: Shape, variant: str) -> tuple[float, float]:
+    """Peak MiB of a step, optimizer state and weights included, and the SAE's weights' part."""
+    bench = _Bench(shape, [variant])
+    bench.step(variant)
+    with PeakMemory(cuda=bench.half) as memory:
+        bench.step(variant)
+    weights = sum(sae.coder.W_enc.nbytes for sae in bench.losses[variant].saes)
+    return memory.peak, weights / 2**20
+
+
+if __name__ == "__main__":
+    set_quiet_defaults()
+    main()

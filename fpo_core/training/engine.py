@@ -1,0 +1,108 @@
+"""The DeepSpeed engine around a policy: precision, ZeRO stage, optimizer, warm-up."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fpo_core.data.batches import PairBatch
+from fpo_core.hookpoint import Hookpoint
+from fpo_core.models.forward import PairForward, forward_pairs
+from fpo_core.recipe.schema import TrainSettings
+
+
+class Policy(nn.Module):
+    """The language model with ``forward`` over pairs, which is what the engine wraps."""
+
+    def __init__(self, model: Any, hookpoints: Sequence[Hookpoint]) -> None:
+        super().__init__()
+        self.model, self.hookpoints = model, hookpoints
+
+    def forward(self, batch: PairBatch) -> PairForward:
+        """Log-probs and activations of a batch of pairs."""
+        return forward_pairs(self.model, batch, self.hookpoints)
+
+
+def start_distributed() -> str:
+    """Join the process group that the launcher's environment describes; returns the device."""
+    import deepspeed
+
+    cuda = torch.cuda.is_available()
+    # Else DeepSpeed compiles a shared-memory all-reduce when it first starts on a CPU, which takes
+    # a C++ compiler and most of a minute, and serves several ranks of one machine only.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+
+
+def make_engine(
+    model: Any, hookpoints: Sequence[Hookpoint], settings: TrainSettings, steps: int, *, half: bool
+) -> Any:
+    """Wrap a float32 model for training.
+
+    Args:
+        model: the policy, loaded in float32: its weights become the masters.
+        hookpoints: where the SAEs read.
+        settings: the recipe's ``train`` section.
+        steps: optimizer steps of the run.
+        half: compute in bfloat16, with float32 masters.
+    """
+    import deepspeed
+
+    model.train()
+    model.apply(_without_dropout)
+    if settings.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    warmup = min(settings.warmup_steps, steps)
+
+    def schedule(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1))
+        )
+
+    engine, *_ = deepspeed.initialize(
+        model=Policy(model, hookpoints),
+        optimizer=_optimizer(model, settings),
+        lr_scheduler=schedule,
+        config={
+            "train_micro_batch_size_per_gpu": 1,  # ours vary; who calls backward scales the loss
+            "gradient_accumulation_steps": 1,
+            "zero_optimization": {"stage": settings.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "gradient_clipping": settings.max_grad_norm,
+            "bf16": {"enabled": half},
+            "steps_per_print": sys.maxsize,
+        },
+    )
+    return engine
+
+
+def fp32_grad_norm(engine: Any) -> float | None:
+    """The unclipped gradient's norm on the plain float32 path, where DeepSpeed reports none."""
+    if engine.bfloat16_enabled() or engine.zero_optimization_stage():
+        return None
+    grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(grads))
+
+
+def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    kinds: dict[str, Any] = {
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "rmsprop": torch.optim.RMSprop,
+    }
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fused = {} if settings.optimizer == "rmsprop" else {"fused": True}
+    return kinds[settings.optimizer](parameters, lr=settings.lr, **fused)
+
+
+def _without_dropout(module: Any) -> None:
+    """The invariant at step 0 needs policy = reference, in training mode too."""
+    if hasattr(module, "attention_dropout"):
+        module.attention_dropout = 0.0
+    elif isinstance(module, nn.Dropout):
+        module.p = 0.0
