@@ -5,9 +5,10 @@
 
 The first compares SimPO with FPO on SmolLM2-135M's shape. A step is what the train stage does with
 a batch: forward, loss with caches and SAE, backward and optimizer, on a DeepSpeed engine. Weights
-and SAE are random, of the named shape: neither time nor memory depends on their values. ``dpo-live`` is DPO with a reference model in memory instead of the
-cache, as general trainers have it; ``simpo`` reads no features at all, where the train stage would
-also measure them. ``fpo:N`` has an SAE of N features.
+and SAE are random, of the named shape: neither time nor memory depends on their values.
+``dpo-live`` is DPO with a reference model in memory instead of the cache, as general trainers have
+it; ``simpo`` reads no features at all, where the train stage would also measure them. ``fpo:N`` has
+an SAE of N features.
 
 Time: in one process on one engine, the variants in turn, each round's time divided by that
 round's first variant. Memory: a process each, the whole of its peak during the second step; on a
