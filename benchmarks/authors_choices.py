@@ -2,11 +2,12 @@
 
     python -m benchmarks.authors_choices [--recipe quickstart]
 
-Trains FPO as in the paper, with each choice alone and with all of them, and prints a Markdown table.
-Every run is an ordinary ``fpo run``; the discrepancy is measured on all policies alike, as in Eq. 10
-on the recipe's own hookpoint. A mean over the padded length T of a batch, where ours is over the n
-scored positions, scales a response's D by (n / T)^2; here the mean of that factor over the training
-batches scales alpha, which leaves out only that it differs from response to response.
+Trains FPO as in the paper, with each choice alone and with all of them, and prints a Markdown
+table. Every run is an ordinary ``fpo run``; the discrepancy is measured on all policies alike, as
+in Eq. 10 on the recipe's own hookpoint. A mean over the padded length T of a batch, where ours is
+over the n scored positions, scales a response's D by (n / T)^2; here the mean of that factor over
+the training batches scales alpha, which leaves out that it differs from response to response, and
+that their mean takes in the prompt's activations.
 """
 
 import argparse

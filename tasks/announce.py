@@ -21,7 +21,7 @@ def announce(outcome: Outcome) -> Outcome:
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     create_markdown_artifact(
-        key=f"fpo-{outcome.stage}",
+        key=f"fpo-{outcome.stage}".replace("@", "-").replace("_", "-"),  # what Prefect allows
         markdown=f"| {outcome.stage} | |\n|---|---|\n{table}\n",
         description=f"{outcome.artifact} {outcome.state}",
     )

@@ -13,7 +13,7 @@ Shapes: B pairs, T padded length, R = 2B responses (2i chosen, 2i + 1 rejected),
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,13 +53,19 @@ class PairBatch(NamedTuple):
         return int((self.segments != PADDING).sum())
 
 
-def collate(pairs: Sequence[PairIds], pad_id: int = 0, device: str = "cpu") -> PairBatch:
+def collate(
+    pairs: Sequence[PairIds],
+    pad_id: int = 0,
+    device: str = "cpu",
+    padding_side: Literal["right", "left"] = "right",
+) -> PairBatch:
     """Build a batch.
 
     Args:
         pairs: the pairs; every response has at least one token.
         pad_id: id that fills rows to one length (never read).
         device: torch device of the tensors.
+        padding_side: where; the numbers are the same.
     """
     width = max(pair.length for pair in pairs)
     shape = (len(pairs), width)
@@ -70,17 +76,18 @@ def collate(pairs: Sequence[PairIds], pad_id: int = 0, device: str = "cpu") -> P
     targets: list[int] = []
     lengths: list[int] = []
     for row, pair in enumerate(pairs):
-        start = 0
+        start = width - pair.length if padding_side == "left" else 0
+        last_of_prompt = row * width + start + len(pair.prompt) - 1
         parts = ((PROMPT, pair.prompt), (CHOSEN, pair.chosen), (REJECTED, pair.rejected))
         for segment, ids in parts:
             assert len(ids) > 0, f"pair {pair.pair_id} has an empty part"
-            stop, first = start + len(ids), 0 if segment == PROMPT else len(pair.prompt)
+            stop, position = start + len(ids), 0 if segment == PROMPT else len(pair.prompt)
             input_ids[row, start:stop] = torch.as_tensor(ids)
-            position_ids[row, start:stop] = torch.arange(first, first + len(ids))
+            position_ids[row, start:stop] = torch.arange(position, position + len(ids))
             segments[row, start:stop] = segment
             if segment != PROMPT:
                 base = row * width
-                positions += [base + len(pair.prompt) - 1, *range(base + start, base + stop - 1)]
+                positions += [last_of_prompt, *range(base + start, base + stop - 1)]
                 targets += list(ids)
                 lengths.append(len(ids))
             start = stop

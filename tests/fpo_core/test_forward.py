@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from fpo_core.data.batches import PairIds, batches_by_length, collate
+from fpo_core.data.pairs import PreferencePair
+from fpo_core.data.tokenize import ChatFormat, Limits, tokenize_pairs
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.forward import forward_pairs, scored_activations
-from tests.tiny import SAE_LAYER, make_model
+from tests.tiny import SAE_LAYER, make_model, make_tokenizer
 
 HOOKS = [Hookpoint(SAE_LAYER)]
 
@@ -56,6 +58,71 @@ def test_padding_and_neighbours_change_nothing(kind):
         for row, pair in enumerate(PAIRS):
             alone = forward_pairs(model, collate([pair]), HOOKS).logps
             torch.testing.assert_close(alone, together[row], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_padding_on_the_left_gives_the_same_numbers(kind):
+    """Log-probs and activations, the latter in the same order of scored tokens."""
+    model = make_model(kind)
+    sides = []
+    for side in ("right", "left"):
+        batch = collate(PAIRS, pad_id=3, padding_side=side)
+        with torch.no_grad():
+            out = forward_pairs(model, batch, HOOKS)
+        sides.append((out.logps, out.activations[0], batch.targets, batch.response, batch.lengths))
+    for right, left in zip(*sides, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_pair_rows_equal_transformers_own_padding(kind, side):
+    """One response a row, padded on either side, with the masks that transformers makes itself."""
+    model = make_model(kind)
+    rows = [[*p.prompt, *ids] for p in PAIRS for ids in (p.chosen, p.rejected)]
+    responses = [len(ids) for p in PAIRS for ids in (p.chosen, p.rejected)]
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), 3), torch.zeros(len(rows), width, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[number, place], mask[number, place] = torch.tensor(row), 1
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.double()
+        ours = forward_pairs(model, collate(PAIRS), HOOKS).logps
+    for number, (row, count) in enumerate(zip(rows, responses, strict=True)):
+        end = width if side == "left" else len(row)
+        logps = torch.log_softmax(logits[number, end - count - 1 : end - 1], -1)
+        want = logps.gather(1, torch.tensor(row[-count:])[:, None]).sum()
+        torch.testing.assert_close(ours[number], want, rtol=1e-5, atol=1e-4)
+
+
+def test_multi_turn_and_system_prompts_score_the_last_answer_alone():
+    """Earlier turns, an assistant's too, are prompt: against the whole conversation's logits."""
+    tokenizer, model = make_tokenizer(), make_model()
+    turns = [
+        {"role": "system", "content": "the fox"},
+        {"role": "user", "content": "quick?"},
+        {"role": "assistant", "content": "brown"},
+        {"role": "user", "content": "lazy?"},
+    ]
+    pair = PreferencePair(tuple(turns), "the dog", "jumps over", "line 1")
+    (found,) = tokenize_pairs([pair], ChatFormat(tokenizer, "model"), Limits(100, 100))
+    batch = collate([PairIds("x", found.prompt_ids, found.chosen_ids, found.rejected_ids)])
+    with torch.no_grad():
+        logps = forward_pairs(model, batch, HOOKS).logps
+    for number, answer in enumerate((pair.chosen, pair.rejected)):
+        scored = batch.targets[batch.response == number]
+        assert tokenizer.decode(scored) == f"{answer}<|im_end|>"
+        text = tokenizer.apply_chat_template(
+            [*turns, {"role": "assistant", "content": answer}], tokenize=False
+        )
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+        start = len(ids) - 1 - len(scored)  # the template writes one newline after the last turn
+        with torch.no_grad():
+            every = torch.log_softmax(model(input_ids=ids[None]).logits[0].double(), -1)
+        want = every[start - 1 : -2].gather(1, ids[start:-1, None]).sum()
+        torch.testing.assert_close(logps[number], want, rtol=1e-5, atol=1e-4)
 
 
 def test_stopping_early_gives_the_same_activations():
