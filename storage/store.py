@@ -22,6 +22,7 @@ from storage.manifest import MANIFEST, json_bytes, read_manifest
 from storage.writer import ArtifactWriter, Receipt
 
 State = Literal["missing", "partial", "complete"]
+PARTS = ("parts", "checkpoints")  # of an artifact in the making: work that a later run keeps
 _SWAP_ATTEMPTS = 20
 
 
@@ -65,7 +66,8 @@ class Store:
         key = artifact_key(stage, version)
         if next(self.backend.list(f"{key}/{MANIFEST}"), None):
             return "complete"
-        return "partial" if next(self.backend.list(f"{key}/parts/"), None) else "missing"
+        begun = (next(self.backend.list(f"{key}/{part}/"), None) for part in PARTS)
+        return "partial" if any(begun) else "missing"
 
     def artifact(self, stage: str, version: str) -> Artifact:
         """A finished artifact.

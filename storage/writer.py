@@ -20,6 +20,7 @@ from storage.backend import (
     in_parallel,
     not_shown,
 )
+from storage.checkpoints import Checkpoints
 from storage.errors import StoreError
 from storage.local import explained
 from storage.manifest import MANIFEST, Made, json_bytes, make_manifest, read_manifest
@@ -179,6 +180,10 @@ class ArtifactWriter:
             raise explained(error, f"the store's scratch folder {str(self._scratch)!r}") from error
         return self._scratch
 
+    def checkpoints(self) -> Checkpoints:
+        """What this and earlier attempts saved of unfinished work."""
+        return Checkpoints(self._backend, self._key, self._hold)
+
     def commit(self, made: Made) -> Artifact:
         """Write the manifest: from here on the artifact exists.
 
@@ -209,7 +214,8 @@ class ArtifactWriter:
             manifest = read_manifest(self._backend.read(key), self.stage, self.version)
         # Of an earlier attempt under other names; a glob over the folder would find them.
         kept = {self._data_key(name) for name in manifest["files"]}
-        self._backend.delete([key for key in stored if key not in kept])
+        saved = [entry.key for entry in self._backend.list(f"{self._key}/checkpoints/")]
+        self._backend.delete([*saved, *(key for key in stored if key not in kept)])
         # An upload whose begin was answered too late was begun twice.
         self._backend.sweep(f"{self._key}/", 0)
         shutil.rmtree(self._scratch, ignore_errors=True)

@@ -148,7 +148,8 @@ class PipelineRun:
             if not self.missing(stage):
                 return None
             writer = self._writer(stage, hold)
-            resumed = bool(writer.finished_shards()) and not begun_in_this_run
+            earlier = writer.finished_shards() or writer.checkpoints().names()
+            resumed = bool(earlier) and not begun_in_this_run
             started = time.monotonic()
             work = compute(writer)
             seconds = time.monotonic() - started

@@ -18,6 +18,7 @@ from fpo_core.sae.source import identify_sae
 from fpo_core.training.job import BAD_BATCH_FILE, MODEL_FOLDER, JobSae, TrainingJob
 from storage.writer import ArtifactWriter
 from tasks.announce import announce
+from tasks.checkpoints import CheckpointKeeper
 from tasks.offline import sae_path
 from tasks.plan import features_stages
 from tasks.run import Outcome, PipelineRun, Work
@@ -37,9 +38,13 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
 
     output = writer.scratch() / "attempt"
     shutil.rmtree(output, ignore_errors=True)
-    job = training_job(run, output)
+    keeper = CheckpointKeeper(writer, run.recipe.resources.checkpoints_kept)
+    saved = keeper.newest()
+    job = training_job(run, output, keeper.local, resume=saved.folder if saved else None)
+    if saved:
+        log.info("train: going on from %s", saved.name)
     records: list[dict[str, Any]] = []
-    with Progress("train", total=_total_steps(run), unit="step") as progress:
+    with Progress("train", total=_total_steps(run), unit="step") as progress, keeper:
 
         def on_step(record: dict[str, Any]) -> None:
             records.append(record)
@@ -47,7 +52,7 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
             progress.advance(1, note)
 
         try:
-            run_workers(job, run.recipe.resources.ranks, on_step)
+            run_workers(job, run.recipe.resources.ranks, on_step, keeper.keep)
         except FPOError as error:
             raise _with_kept_files(run, output, error) from error
     model = output / MODEL_FOLDER
@@ -71,8 +76,17 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
     return Work(stats, int(tokens))
 
 
-def training_job(run: PipelineRun, output: Path) -> TrainingJob:
-    """The job of a run: local, verified paths of every input."""
+def training_job(
+    run: PipelineRun, output: Path, checkpoints: Path, resume: Path | None = None
+) -> TrainingJob:
+    """The job of a run: local, verified paths of every input.
+
+    Args:
+        run: the pipeline run.
+        output: where the workers write.
+        checkpoints: where they write checkpoints.
+        resume: a checkpoint to go on from.
+    """
     pairs, caches = run.artifact("tokenize"), run.artifact("reference")
     _check_unchanged(run, "tokenize")
     saes = []
@@ -97,6 +111,10 @@ def training_job(run: PipelineRun, output: Path) -> TrainingJob:
         tokens_per_batch=run.recipe.resources.tokens_per_batch,
         threads=run.recipe.resources.threads,
         output=output,
+        version=run.planned("train").version,
+        checkpoints=checkpoints,
+        checkpoint_minutes=run.recipe.resources.checkpoint_minutes,
+        resume=resume,
     )
 
 

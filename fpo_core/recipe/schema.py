@@ -274,6 +274,10 @@ class ResourceSettings(Settings):
         default=1024, description="tokens a forward pass, padding included"
     )
     ranks: Count = Field(default=1, description="training worker processes")
+    checkpoint_minutes: NonNegative = Field(
+        default=10, description="training saves itself this often, at a step's end; 0: every step"
+    )
+    checkpoints_kept: Count = Field(default=2, description="newest checkpoints kept while training")
 
 
 class StoreSettings(Settings):

@@ -81,6 +81,17 @@ def make_engine(
     return engine
 
 
+def set_schedule(engine: Any, step: int) -> None:
+    """Put the learning rate where it is after ``step`` optimizer steps: it follows from them."""
+    schedule = engine.lr_scheduler
+    schedule.last_epoch = step
+    factors = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    rates = [base * factor(step) for base, factor in factors]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
+
+
 def fp32_grad_norm(engine: Any) -> float | None:
     """The unclipped gradient's norm on the plain float32 path, where DeepSpeed reports none."""
     if engine.bfloat16_enabled() or engine.zero_optimization_stage():

@@ -10,6 +10,7 @@ from fpo_core.recipe.schema import TrainSettings
 
 # What the workers write below the job's output folder.
 ERROR_FILE, METRICS_FILE, MODEL_FOLDER = "error.json", "metrics.jsonl", "model"
+PREEMPTED_FILE = "preempted.json"  # the run was told to stop, and saved itself
 BAD_BATCH_FILE = "bad-batch-step{step}-rank{rank}.parquet"  # the batch of a loss that is not finite
 
 
@@ -43,7 +44,11 @@ class TrainingJob(BaseModel):
     reference_dtype: str  # dtype the caches were computed in; bounds the drift at step 0
     tokens_per_batch: int
     threads: int | None
-    output: Path  # receives model/ and metrics.jsonl
+    output: Path  # receives model/, metrics.jsonl and the ranks' logs
+    version: str  # of the policy to be made, which a checkpoint has to be of
+    checkpoints: Path  # receives a folder a checkpoint
+    checkpoint_minutes: float
+    resume: Path | None = None  # the checkpoint to go on from
 
     def save(self, path: Path) -> None:
         """Write the job for the workers."""

@@ -20,33 +20,51 @@ import torch
 
 from fpo_core.errors import FPOError
 from fpo_core.processes import end_with_parent
-from fpo_core.training.job import ERROR_FILE, METRICS_FILE, TrainingJob
+from fpo_core.training.checkpoint import is_complete
+from fpo_core.training.job import ERROR_FILE, METRICS_FILE, PREEMPTED_FILE, TrainingJob
 
 JOB_FILE, LOG_FILE = "job.json", "workers.log"
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 10.0
+# For the workers to end their step and save; Prefect kills a cancelled run after 30 seconds.
+GRACE_SECONDS = 28.0
 
 
 _OUT_OF_MEMORY = re.compile(r"exitcode *: -9\b|OutOfMemoryError|Signal 9 ")
 
 
-def run_workers(job: TrainingJob, ranks: int, on_step: Callable[[dict[str, Any]], None]) -> None:
+class Preempted(FPOError):
+    """The workers were told to stop, saved themselves and left."""
+
+
+def run_workers(
+    job: TrainingJob,
+    ranks: int,
+    on_step: Callable[[dict[str, Any]], None],
+    on_checkpoint: Callable[[Path], None] = lambda _folder: None,
+) -> None:
     """Run a training job to its end in worker processes.
+
+    When this is interrupted, the workers are told to stop: they finish their step, save and leave;
+    who is not gone after 28 seconds is killed.
 
     Args:
         job: the run; ``job.output`` is emptied of an earlier attempt's metrics.
         ranks: worker processes.
-        on_step: called with every step's metrics as rank 0 writes them.
+        on_step: called with every step's metrics as rank 0 writes them, with those before
+            ``job.resume`` first.
+        on_checkpoint: called with the folder of every checkpoint that is complete.
 
     Raises:
         FPOError: with the worker's own message, or the end of its log when it crashed.
+        Preempted: the workers were told to stop.
     """
     if torch.cuda.is_available() and ranks > torch.cuda.device_count():
         raise FPOError(
             f"resources.ranks={ranks}, but this machine has {torch.cuda.device_count()} GPUs"
         )
     job.output.mkdir(parents=True, exist_ok=True)
-    for name in (ERROR_FILE, METRICS_FILE):
+    job.checkpoints.mkdir(parents=True, exist_ok=True)
+    for name in (ERROR_FILE, METRICS_FILE, PREEMPTED_FILE):
         (job.output / name).unlink(missing_ok=True)
     job.save(job.output / JOB_FILE)
     command = [
@@ -59,13 +77,30 @@ def run_workers(job: TrainingJob, ranks: int, on_step: Callable[[dict[str, Any]]
             command, stdout=log, stderr=subprocess.STDOUT, env=_environment(job),
             preexec_fn=end_with_parent(),
         )  # fmt: skip
+        seen: set[Path] = set()
         try:
             for record in _follow(process, job.output / METRICS_FILE):
-                on_step(record)
+                if record is not None:
+                    on_step(record)
+                _tell_of_checkpoints(job.checkpoints, seen, on_checkpoint)
         finally:
             _end(process)
+            _tell_of_checkpoints(job.checkpoints, seen, on_checkpoint)
+    preempted = job.output / PREEMPTED_FILE
+    if preempted.is_file():
+        step = json.loads(preempted.read_text())["step"]
+        raise Preempted(f"training was told to stop; it is saved after step {step}")
     if process.returncode != 0:
         raise _failure(job.output, process.returncode)
+
+
+def _tell_of_checkpoints(
+    root: Path, seen: set[Path], on_checkpoint: Callable[[Path], None]
+) -> None:  # fmt: skip
+    for folder in sorted(root.glob("step-*")):
+        if folder not in seen and is_complete(folder):
+            seen.add(folder)
+            on_checkpoint(folder)
 
 
 def _environment(job: TrainingJob) -> dict[str, str]:
@@ -80,7 +115,8 @@ def _environment(job: TrainingJob) -> dict[str, str]:
     return env
 
 
-def _follow(process: subprocess.Popen[bytes], metrics: Path) -> Iterator[dict[str, Any]]:
+def _follow(process: subprocess.Popen[bytes], metrics: Path) -> Iterator[dict[str, Any] | None]:
+    """The records as they are written, and None at least once a poll."""
     position, running = 0, True
     while running:
         running = process.poll() is None
@@ -92,12 +128,13 @@ def _follow(process: subprocess.Popen[bytes], metrics: Path) -> Iterator[dict[st
                         break
                     position += len(line)
                     yield json.loads(line)
+        yield None
         if running:
             time.sleep(POLL_SECONDS)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Stop the launcher, which stops its workers; by force when it takes too long."""
+    """Tell the launcher to stop, which tells its workers; by force when it takes too long."""
     if process.poll() is None:
         process.terminate()
         try:

@@ -5,7 +5,9 @@ budget, one optimizer step a global batch. Losses are summed over the global bat
 its size, whatever the ranks and micro-batches.
 """
 
+import itertools
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,7 +24,19 @@ from fpo_core.recipe.methods import METHODS
 from fpo_core.sae.coder import AttachedSae, load_coder
 from fpo_core.training.bad_batch import keep_bad_batch
 from fpo_core.training.cached import cached_batch
-from fpo_core.training.engine import fp32_grad_norm, make_engine, start_distributed
+from fpo_core.training.checkpoint import (
+    Checkpoint,
+    folder_name,
+    load_checkpoint,
+    read_meta,
+    save_checkpoint,
+)
+from fpo_core.training.engine import (
+    fp32_grad_norm,
+    make_engine,
+    set_schedule,
+    start_distributed,
+)
 from fpo_core.training.examples import (
     Example,
     FeatureShards,
@@ -36,6 +50,7 @@ from fpo_core.training.job import (
     ERROR_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
+    PREEMPTED_FILE,
     TrainingJob,
 )
 from fpo_core.training.loss import BatchLoss, PairLoss, metric_sums
@@ -58,6 +73,30 @@ class Trainer:
         self.steps = num_steps(len(self.examples), job.settings.batch_size, job.settings.epochs)
         self.engine = self._engine()
         self.grad_norm: float | None = None
+        self.done = self._resumed()
+        self.saved_at = time.monotonic()
+        self.asked_to_stop = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+
+    def _stop(self, _number: int, _frame: Any) -> None:
+        """Preemption, cancellation or Ctrl-C: save at the end of this step, and leave."""
+        self.asked_to_stop = True
+
+    def _resumed(self) -> int:
+        """Steps that an earlier attempt did; its state is this engine's then."""
+        folder = self.job.resume
+        if folder is None:
+            return 0
+        made_for = read_meta(folder).version
+        if made_for != self.job.version:
+            raise FPOError(
+                f"checkpoint {folder.name} is of the policy {made_for}, this run makes "
+                f"{self.job.version}: other settings or inputs"
+            )
+        step = load_checkpoint(self.engine, folder)
+        set_schedule(self.engine, step)
+        return step
 
     def _saes(self) -> list[AttachedSae]:
         return [
@@ -107,15 +146,38 @@ class Trainer:
         order = epoch_batches(
             len(self.examples), settings.batch_size, settings.epochs, settings.seed
         )
-        with (self.job.output / METRICS_FILE).open("w") as log:
-            for step, rows in enumerate(order, start=1):
+        metrics = self.job.output / METRICS_FILE
+        if self.rank == 0 and self.job.resume:
+            metrics.write_bytes((self.job.resume / METRICS_FILE).read_bytes())
+        with metrics.open("a") as log:
+            for step, rows in itertools.islice(enumerate(order, start=1), self.done, None):
                 started = time.monotonic()
                 sums = self._step(step, [self.examples[row] for row in rows])
                 if self.rank == 0:
                     record = self._record(step, sums, len(rows), time.monotonic() - started)
                     log.write(json.dumps(record) + "\n")
                     log.flush()
+                if step < self.steps and self._to_save(step):
+                    return
         self._save()
+
+    def _to_save(self, step: int) -> bool:
+        """Save a checkpoint where one is due, on all ranks alike; True when told to stop."""
+        minutes = (time.monotonic() - self.saved_at) / 60
+        wishes = [minutes >= self.job.checkpoint_minutes, self.asked_to_stop]
+        agreed = torch.tensor([float(wish) for wish in wishes], device=self.device)
+        torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
+        due, stop = (bool(wish) for wish in agreed.tolist())
+        if due or stop:
+            save_checkpoint(
+                self.engine, self.job.checkpoints / folder_name(step),
+                Checkpoint(step, self.world, self.job.version), self.rank,
+                self.job.output / METRICS_FILE,
+            )  # fmt: skip
+            self.saved_at = time.monotonic()
+        if stop and self.rank == 0:
+            (self.job.output / PREEMPTED_FILE).write_text(json.dumps({"step": step}))
+        return stop
 
     def _step(self, step: int, batch: list[Example]) -> dict[str, float]:
         mine = batch[self.rank :: self.world]

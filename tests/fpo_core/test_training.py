@@ -89,7 +89,8 @@ def job(root: Path, output: Path, saes=(), **settings) -> TrainingJob:
         settings=TrainSettings(**{**defaults, **settings}),
         pairs=(root / "pairs.parquet",), reference=(root / "reference.parquet",),
         reference_dtype="float32",
-        tokens_per_batch=64, threads=1, output=output,
+        tokens_per_batch=64, threads=1, output=output, version="0" * 16,
+        checkpoints=output / "checkpoints", checkpoint_minutes=100.0,
     )  # fmt: skip
 
 
