@@ -32,7 +32,6 @@ from fpo_core.data.batches import PairIds, collate
 from fpo_core.features.discrepancy import CachedFeatures
 from fpo_core.features.pool import pool_features, top_features
 from fpo_core.hookpoint import Hookpoint
-from fpo_core.logprobs import output_head
 from fpo_core.models.forward import forward_pairs
 from fpo_core.quiet import set_quiet_defaults
 from fpo_core.recipe.schema import TrainSettings
@@ -190,11 +189,11 @@ class _Bench:
         self._synchronize()
         started = time.perf_counter()
         self.policy.hookpoints = loss.hookpoints
-        out = self.engine(self.batch)
+        out = self.engine(self.batch, loss.live(self.batch))
         if name == "dpo-live":
             with torch.no_grad():
                 cached = cached._replace(logps=forward_pairs(self.reference, self.batch, ()).logps)
-        result = loss(output_head(self.policy.model), self.batch, out, cached)
+        result = loss(self.batch, out, cached)
         self.engine.backward(result.losses.mean())
         self.engine.step()
         self._synchronize()

@@ -6,6 +6,7 @@ memory then stays at its peak, which it would reach again at the next step anywa
 """
 
 import ctypes
+import resource
 import sys
 
 # Constants of glibc's <malloc.h>.
@@ -25,3 +26,12 @@ def keep_freed_memory() -> bool:
         (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER_TRIM), (_M_TOP_PAD, _TOP_PAD_BYTES),
     )  # fmt: skip
     return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process had so far: of torch's allocator on a GPU, else resident."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

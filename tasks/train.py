@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import yaml
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -15,7 +16,7 @@ from fpo_core.models.source import identify
 from fpo_core.progress import Progress
 from fpo_core.recipe.options import objective_options
 from fpo_core.sae.source import identify_sae
-from fpo_core.training.job import BAD_BATCH_FILE, MODEL_FOLDER, JobSae, TrainingJob
+from fpo_core.training.job import BAD_BATCH_FILE, MODEL_FOLDER, RANK_LOG, JobSae, TrainingJob
 from storage.writer import ArtifactWriter
 from tasks.announce import announce
 from tasks.checkpoints import CheckpointKeeper
@@ -35,6 +36,7 @@ def train(run: PipelineRun) -> Outcome:
 
 def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
     from fpo_core.training.launch import run_workers
+    from fpo_core.training.saved import check_saved
 
     output = writer.scratch() / "attempt"
     shutil.rmtree(output, ignore_errors=True)
@@ -55,8 +57,13 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
             run_workers(job, run.recipe.resources.ranks, on_step, keeper.keep)
         except FPOError as error:
             raise _with_kept_files(run, output, error) from error
+        finally:
+            for path in sorted(output.glob(RANK_LOG.format(rank="*"))):
+                run.keep_file(path)
     model = output / MODEL_FOLDER
+    check_saved(output, job.attention)
     load_tokenizer(job.model_folder).save_pretrained(model)
+    (model / "README.md").write_text(model_card(run, records[-1]))
     files = sorted(model.iterdir())
     with bytes_progress("storing the policy", sum(path.stat().st_size for path in files)) as done:
         for path in files:
@@ -74,6 +81,40 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
     }
     tokens = sum(record["tokens_per_second"] * record["seconds"] for record in records)
     return Work(stats, int(tokens))
+
+
+def model_card(run: PipelineRun, last: dict[str, Any]) -> str:
+    """The policy's README: what it was made by, from and with what result.
+
+    It names no path and no time, so that the same run gives the same bytes.
+    """
+    planned = run.planned("train")
+    settings = yaml.safe_dump(planned.recipe, sort_keys=True)
+    inputs = "\n".join(f"| {name} | `{version}` |" for name, version in planned.inputs.items())
+    shown = ("loss", "accuracy", "margin", "discrepancy_chosen", "discrepancy_rejected")
+    metrics = "\n".join(f"| {name} | {last[name]:.4g} |" for name in shown)
+    return f"""---
+library_name: transformers
+tags: [preference-optimization, {run.recipe.train.method}]
+---
+
+# {run.recipe.name}: {run.recipe.train.method.upper()}
+
+A policy trained by the FPO pipeline, artifact `policy/{planned.version}`.
+
+| made from | |
+|---|---|
+{inputs}
+
+| at the last step, {last["step"]} | |
+|---|---|
+{metrics}
+
+Settings of the training:
+
+```yaml
+{settings}```
+"""
 
 
 def training_job(

@@ -10,8 +10,8 @@ from torch import Tensor
 from fpo_core.data.batches import PairBatch, batches_by_length, collate
 from fpo_core.features.discrepancy import Responses, feature_discrepancy
 from fpo_core.features.pool import pool_features
-from fpo_core.logprobs import entropies, kl_divergences, output_head, sum_by_response
-from fpo_core.models.forward import forward_pairs
+from fpo_core.logprobs import entropies, output_head, sum_by_response
+from fpo_core.models.forward import ReferenceSide, forward_pairs
 from fpo_core.progress import not_shown
 from fpo_core.sae.coder import AttachedSae
 from fpo_core.training.cached import cached_batch
@@ -69,8 +69,10 @@ def score_heldout(
     for rows in batches_by_length([e.ids.length for e in examples], tokens_per_batch):
         group = [examples[row] for row in rows]
         batch = collate([example.ids for example in group], device=str(policy.device))
-        out = forward_pairs(policy, batch, [sae.hookpoint])
         ref = forward_pairs(reference, batch, [sae.hookpoint])
+        live = ReferenceSide(ref.hidden, heads[1])
+        out = forward_pairs(policy, batch, [sae.hookpoint], live)
+        assert out.kl is not None
         cached = cached_batch(group, str(policy.device))
 
         def summed(values: Tensor, batch: PairBatch = batch) -> Tensor:
@@ -81,7 +83,7 @@ def score_heldout(
             "tokens": batch.lengths,
             "policy_logps": out.logps,
             "reference_logps": cached.logps,
-            "kl": summed(kl_divergences(ref.hidden, heads[1], out.hidden, heads[0])),
+            "kl": out.kl,
             "policy_entropy": summed(entropies(out.hidden, heads[0])),
             "reference_entropy": summed(entropies(ref.hidden, heads[1])),
             "discrepancy": feature_discrepancy(coder, responses, cached.pooled[0], k).values,

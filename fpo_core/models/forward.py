@@ -8,11 +8,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fpo_core.data.batches import PairBatch, attention_mask
 from fpo_core.hookpoint import Hookpoint
-from fpo_core.logprobs import output_head, selected_logps, sum_by_response
+from fpo_core.logprobs import (
+    Head,
+    kl_divergences,
+    output_head,
+    selected_logps,
+    sum_by_response,
+)
 from fpo_core.models.hooks import StopForward, capture_activations
 
 
@@ -22,25 +29,54 @@ class PairForward(NamedTuple):
     logps: Tensor  # [R] float64, summed over scored tokens
     hidden: Tensor  # [N, d_model] final hidden states, after the final norm
     activations: tuple[Tensor, ...]  # [N, d_model] at each hookpoint
+    kl: Tensor | None = None  # [R] float64, KL(reference || policy) summed over scored tokens
 
 
-def forward_pairs(model: Any, batch: PairBatch, hookpoints: Sequence[Hookpoint]) -> PairForward:
+class ReferenceSide(NamedTuple):
+    """A live reference's final hidden states at the scored positions, and its head."""
+
+    hidden: Tensor  # [N, d_model]
+    head: Head
+
+
+def forward_pairs(
+    model: Any,
+    batch: PairBatch,
+    hookpoints: Sequence[Hookpoint],
+    reference: ReferenceSide | None = None,
+) -> PairForward:
     """Log-probs of both responses and the activations at the SAEs' hookpoints.
+
+    All that reads the head's weight happens in here: under ZeRO-3 it is whole in no other place.
 
     Args:
         model: causal LM; gradients flow when they are enabled.
         batch: the pairs.
         hookpoints: where the SAEs read.
+        reference: a live reference, whose KL is wanted.
     """
     with capture_activations(model, hookpoints) as capture:
         hidden = _decoder(model, batch)
-    scored = at_scored(hidden, batch)
-    logps = selected_logps(scored, output_head(model), batch.targets)
+    scored, head = at_scored(hidden, batch), output_head(model)
+
+    def by_response(values: Tensor) -> Tensor:
+        return sum_by_response(values, batch.response, len(batch.lengths))
+
+    kl = None
+    if reference is not None:
+        kl = by_response(kl_divergences(reference.hidden, reference.head, scored, head))
     return PairForward(
-        sum_by_response(logps, batch.response, len(batch.lengths)),
+        by_response(selected_logps(scored, head, batch.targets)),
         scored,
         tuple(at_scored(capture[hookpoint], batch) for hookpoint in hookpoints),
+        kl,
     )
+
+
+@torch.no_grad()
+def reference_side(model: Any, batch: PairBatch) -> ReferenceSide:
+    """What a live reference brings to the KL of a batch."""
+    return ReferenceSide(at_scored(_decoder(model, batch), batch), output_head(model))
 
 
 def scored_activations(
@@ -51,11 +87,6 @@ def scored_activations(
     with capturing as capture, suppress(StopForward):
         _decoder(model, batch)
     return tuple(at_scored(capture[hookpoint], batch) for hookpoint in hookpoints)
-
-
-def scored_hidden(model: Any, batch: PairBatch) -> Tensor:
-    """The final hidden states [N, d_model] alone."""
-    return at_scored(_decoder(model, batch), batch)
 
 
 def at_scored(values: Tensor, batch: PairBatch) -> Tensor:

@@ -207,13 +207,16 @@ class TrainSettings(Settings):
         default=(), description="feature groups that the constraint also holds, with weights"
     )
     lr: Positive = Field(default=5e-7, description="peak learning rate")
-    warmup_steps: int = Field(default=150, ge=0, description="linear warm-up, then constant")
+    warmup_steps: int = Field(default=150, ge=0, description="steps of linear warm-up")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="learning rate after the warm-up; the others end at 0"
+    )
     epochs: Count = 1
     batch_size: Count = Field(default=32, description="pairs an optimizer step, over all ranks")
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"
     max_grad_norm: Positive = Field(default=10.0, description="gradient clipping")
     activation_checkpointing: bool = False
-    zero_stage: Literal[0, 1, 2] = Field(default=0, description="DeepSpeed ZeRO stage")
+    zero_stage: Literal[0, 1, 2, 3] = Field(default=0, description="DeepSpeed ZeRO stage")
     seed: int = Field(default=0, description="data order")
 
     @field_validator("method")

@@ -43,11 +43,6 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def newest_complete(root: Path) -> Path | None:
-    """The newest complete checkpoint below a folder."""
-    return next(filter(is_complete, sorted(root.glob("step-*"), reverse=True)), None)
-
-
 def is_complete(folder: Path) -> bool:
     """Whether all files of a checkpoint are there; each is renamed into its place when written."""
     try:
@@ -138,6 +133,17 @@ def load_checkpoint(engine: Any, folder: Path) -> int:
     return meta.step
 
 
+def full_masters(engine: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The policy's weights by name on the CPU, on rank 0; empty elsewhere. A collective."""
+    first = torch.distributed.get_rank() == 0
+    state = {}
+    for name, parameter in _parameters(engine):
+        value = _full(engine, parameter, MASTER)
+        if first:
+            state[name] = value.detach().to("cpu", dtype)
+    return state
+
+
 def _state_file(rank: int, ranks: int) -> str:
     return f"state-{rank:05d}-of-{ranks:05d}.safetensors"
 
@@ -194,13 +200,29 @@ def _set_full(engine: Any, parameter: Tensor, key: str, value: Tensor) -> None:
     if not _is_partitioned(engine):
         target = parameter if key == MASTER else _base_optimizer(engine).state[parameter][key]
         target.copy_(value)
-    elif key != MASTER:
-        safe_set_full_optimizer_state(parameter, value, key)
-    else:
+    elif engine.zero_optimization_stage() == 3:
+        _set_partition(engine, parameter, key, value)
+    elif key == MASTER:
         safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, key)
+    if key == MASTER and _is_partitioned(engine):
         # The copy that the model computes with is another one.
         with GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)
+
+
+def _set_partition(engine: Any, parameter: Tensor, key: str, value: Tensor) -> None:
+    """This rank's part under ZeRO-3, the last rank's padded.
+
+    DeepSpeed's own ``safe_set_full_...`` fails where a parameter does not divide by the ranks.
+    """
+    part, _ = engine.optimizer._get_fp32_opt_state_partition(
+        parameter, release_swap_buffers=False, optim_state_key=None if key == MASTER else key
+    )
+    start = torch.distributed.get_rank() * part.numel()
+    mine = value.flatten()[start : start + part.numel()]
+    part[: mine.numel()].copy_(mine)
 
 
 def _make_states(engine: Any) -> None:

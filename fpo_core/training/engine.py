@@ -1,5 +1,6 @@
 """The DeepSpeed engine around a policy: precision, ZeRO stage, optimizer, warm-up."""
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from torch import nn
 
 from fpo_core.data.batches import PairBatch
 from fpo_core.hookpoint import Hookpoint
-from fpo_core.models.forward import PairForward, forward_pairs
+from fpo_core.models.forward import PairForward, ReferenceSide, forward_pairs
 from fpo_core.recipe.schema import TrainSettings
 
 
@@ -21,9 +22,9 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.hookpoints = model, hookpoints
 
-    def forward(self, batch: PairBatch) -> PairForward:
-        """Log-probs and activations of a batch of pairs."""
-        return forward_pairs(self.model, batch, self.hookpoints)
+    def forward(self, batch: PairBatch, reference: ReferenceSide | None = None) -> PairForward:
+        """Log-probs, activations and KL of a batch of pairs."""
+        return forward_pairs(self.model, batch, self.hookpoints, reference)
 
 
 def start_distributed() -> str:
@@ -56,15 +57,19 @@ def make_engine(
     model.apply(_without_dropout)
     if settings.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    warmup = min(settings.warmup_steps, steps)
 
     def schedule(optimizer: Any) -> Any:
         return torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1))
+            optimizer, lambda step: lr_factor(settings, step, steps)
         )
 
+    policy = Policy(model, hookpoints)
+    if settings.zero_stage == 3:
+        # The head is used without its module's forward: ZeRO has to be told to gather it.
+        head = model.get_output_embeddings().weight
+        deepspeed.zero.register_external_parameter(policy, head)  # pyright: ignore[reportAttributeAccessIssue, reportPrivateImportUsage]
     engine, *_ = deepspeed.initialize(
-        model=Policy(model, hookpoints),
+        model=policy,
         optimizer=_optimizer(model, settings),
         lr_scheduler=schedule,
         config={
@@ -79,6 +84,21 @@ def make_engine(
         },
     )
     return engine
+
+
+def lr_factor(settings: TrainSettings, step: int, steps: int) -> float:
+    """Share of the peak learning rate at a step.
+
+    Args:
+        settings: the recipe's ``train`` section.
+        step: optimizer steps done, from 0.
+        steps: of the run.
+    """
+    warmup = min(settings.warmup_steps, steps)
+    if step < warmup or settings.schedule == "constant":
+        return min(1.0, (step + 1) / (warmup + 1))
+    left = max(0, steps - step) / max(1, steps - warmup)
+    return left if settings.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
 
 def set_schedule(engine: Any, step: int) -> None:

@@ -9,7 +9,10 @@ from fpo_core.hookpoint import Hookpoint
 from fpo_core.recipe.schema import TrainSettings
 
 # What the workers write below the job's output folder.
-ERROR_FILE, METRICS_FILE, MODEL_FOLDER = "error.json", "metrics.jsonl", "model"
+METRICS_FILE, MODEL_FOLDER = "metrics.jsonl", "model"
+RANK_LOG = "train-rank{rank}.log"  # all that a rank's process said
+ERROR_FILE = "error-rank{rank}.json"  # why a rank failed, and when
+LAST_FILE = "last.json"  # log-probs of one pair by the trained policy, to check what was saved
 PREEMPTED_FILE = "preempted.json"  # the run was told to stop, and saved itself
 BAD_BATCH_FILE = "bad-batch-step{step}-rank{rank}.parquet"  # the batch of a loss that is not finite
 

@@ -29,7 +29,7 @@ POLL_SECONDS = 0.2
 GRACE_SECONDS = 28.0
 
 
-_OUT_OF_MEMORY = re.compile(r"exitcode *: -9\b|OutOfMemoryError|Signal 9 ")
+_OUT_OF_MEMORY = re.compile(r"exitcode *: -9\b|Signal 9 ")
 
 
 class Preempted(FPOError):
@@ -64,8 +64,9 @@ def run_workers(
         )
     job.output.mkdir(parents=True, exist_ok=True)
     job.checkpoints.mkdir(parents=True, exist_ok=True)
-    for name in (ERROR_FILE, METRICS_FILE, PREEMPTED_FILE):
-        (job.output / name).unlink(missing_ok=True)
+    for name in (ERROR_FILE.format(rank="*"), METRICS_FILE, PREEMPTED_FILE):
+        for file in job.output.glob(name):
+            file.unlink()
     job.save(job.output / JOB_FILE)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -145,16 +146,36 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _failure(output: Path, code: int) -> Exception:
-    error = output / ERROR_FILE
-    if error.is_file():
-        return FPOError(json.loads(error.read_text())["message"])
+    """Why the workers failed: what the first of them to fail said, or how the launcher ended."""
+    failures = {
+        file.stem.removeprefix("error-"): json.loads(file.read_text())
+        for file in output.glob(ERROR_FILE.format(rank="*"))
+    }
+    if failures:
+        rank, first = min(failures.items(), key=lambda item: item[1]["time"])
+        if first["message"]:
+            return FPOError(first["message"])
+        if "OutOfMemoryError" in first["traceback"]:
+            return _out_of_memory(output)
+        return FPOError(f"training failed on {rank} first:\n{first['traceback'].rstrip()}")
     tail = (output / LOG_FILE).read_text(errors="replace").splitlines()[-30:]
     # The launcher reports a killed rank in its log and exits with 1 itself.
     if code == -signal.SIGKILL or any(_OUT_OF_MEMORY.search(line) for line in tail):
-        return FPOError(
-            "the training workers were killed, most likely for memory; lower "
-            "resources.tokens_per_batch or set train.activation_checkpointing=true"
-        )
+        return _out_of_memory(output)
     return FPOError(
         f"the training workers failed with code {code}; the end of their log:\n" + "\n".join(tail)
+    )
+
+
+def _out_of_memory(output: Path) -> FPOError:
+    metrics = output / METRICS_FILE
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    peak = "before the first step was done"
+    if lines:
+        last = json.loads(lines[-1])
+        peak = f"rank 0 had used {last['peak_memory_mb']:,.0f} MB by step {last['step']}"
+    return FPOError(
+        f"the training workers were killed, most likely for memory ({peak}); lower "
+        f"resources.tokens_per_batch, set train.activation_checkpointing=true, or spread the "
+        f"state over ranks with train.zero_stage"
     )

@@ -22,8 +22,7 @@ from fpo_core.features.discrepancy import (
     token_discrepancy,
 )
 from fpo_core.hookpoint import Hookpoint
-from fpo_core.logprobs import Head, kl_divergences, output_head, sum_by_response
-from fpo_core.models.forward import PairForward, scored_hidden
+from fpo_core.models.forward import PairForward, ReferenceSide, reference_side
 from fpo_core.objectives import Objective, SideScores, objective
 from fpo_core.recipe.methods import METHODS
 from fpo_core.recipe.options import objective_options
@@ -77,15 +76,16 @@ class PairLoss:
         """Where the policy's activations are read."""
         return tuple(sae.hookpoint for sae in self.saes)
 
-    def __call__(
-        self, head: Head, batch: PairBatch, out: PairForward, cached: CachedBatch
-    ) -> BatchLoss:
+    def live(self, batch: PairBatch) -> ReferenceSide | None:
+        """What the policy's forward pass needs of the live reference; None without one."""
+        return None if self.reference is None else reference_side(self.reference, batch)
+
+    def __call__(self, batch: PairBatch, out: PairForward, cached: CachedBatch) -> BatchLoss:
         """The losses of a batch.
 
         Args:
-            head: the policy's output head.
             batch: the pairs.
-            out: the policy's forward pass over them, with gradient.
+            out: the policy's forward pass over them, with gradient, and with the KL to ``live``.
             cached: the reference side.
         """
         with torch.set_grad_enabled(
@@ -98,7 +98,7 @@ class PairLoss:
             weights = [group.weight for group in self.settings.groups]
             held = groups @ torch.tensor(weights, device=groups.device)
             discrepancy = torch.stack([held, *(one.values for one in found)]).sum(0)
-        kl = self._kl(head, batch, out)
+        kl = torch.zeros_like(out.logps) if out.kl is None else out.kl
         divergence = {"features": discrepancy, "kl": kl, None: None}[self.method.constraint]
         sides = [
             SideScores(
@@ -138,15 +138,6 @@ class PairLoss:
         policy = Responses(out.activations[0], batch.response, batch.lengths)
         reference = cached.pinned[:, self._pinned_places]
         return group_discrepancies(self.saes[0].coder, policy, groups, reference)
-
-    def _kl(self, head: Head, batch: PairBatch, out: PairForward) -> Tensor:
-        """K [R]: KL(reference || policy) summed over scored positions."""
-        if self.reference is None:
-            return torch.zeros(len(batch.lengths), dtype=torch.float64, device=out.logps.device)
-        with torch.no_grad():
-            hidden = scored_hidden(self.reference, batch)
-        divergences = kl_divergences(hidden, output_head(self.reference), out.hidden, head)
-        return sum_by_response(divergences, batch.response, len(batch.lengths))
 
 
 def metric_sums(loss: BatchLoss, settings: TrainSettings) -> dict[str, float]:

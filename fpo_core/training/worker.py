@@ -7,9 +7,11 @@ its size, whatever the ranks and micro-batches.
 
 import itertools
 import json
+import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from fpo_core.data.batches import batches_by_length, collate
 from fpo_core.errors import FPOError
 from fpo_core.logprobs import output_head
+from fpo_core.memory import peak_memory_mb
 from fpo_core.models.forward import PairForward
 from fpo_core.models.load import load_model, prepare_cpu
 from fpo_core.recipe.methods import METHODS
@@ -27,6 +30,7 @@ from fpo_core.training.cached import cached_batch
 from fpo_core.training.checkpoint import (
     Checkpoint,
     folder_name,
+    full_masters,
     load_checkpoint,
     read_meta,
     save_checkpoint,
@@ -48,9 +52,11 @@ from fpo_core.training.examples import (
 from fpo_core.training.job import (
     BAD_BATCH_FILE,
     ERROR_FILE,
+    LAST_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
     PREEMPTED_FILE,
+    RANK_LOG,
     TrainingJob,
 )
 from fpo_core.training.loss import BatchLoss, PairLoss, metric_sums
@@ -214,9 +220,9 @@ class Trainer:
     def _losses(self, step: int, examples: list[Example]) -> tuple[BatchLoss, int]:
         """The loss of a micro-batch, and its tokens."""
         batch = collate([example.ids for example in examples], device=self.device)
-        out: PairForward = self.engine(batch)
+        out: PairForward = self.engine(batch, self.loss.live(batch))
         cached = cached_batch(examples, self.device)
-        loss = self.loss(output_head(self.engine.module.model), batch, out, cached)
+        loss = self.loss(batch, out, cached)
         if step == 1:
             check_start(
                 loss.policy_logps, cached, batch.lengths, loss.sae_discrepancies,
@@ -241,6 +247,7 @@ class Trainer:
             "lr": float(self.engine.get_lr()[0]),
             "seconds": seconds,
             "tokens_per_second": sums["tokens"] / seconds,
+            "peak_memory_mb": peak_memory_mb(),
         }
 
     def _grad_norm(self) -> float | None:
@@ -248,28 +255,41 @@ class Trainer:
         return self.grad_norm if norm is None else float(norm)
 
     def _save(self) -> None:
+        """Write the policy, of its float32 masters, and what it says of one pair."""
+        half = self.engine.bfloat16_enabled()
+        state = full_masters(self.engine, torch.bfloat16 if half else torch.float32)
+        batch = collate([self.examples[0].ids], device=self.device)
+        with torch.no_grad():
+            logps = self.engine.module(batch).logps.tolist()
         if self.rank == 0:
             model = self.engine.module.model
             model.config.use_cache = True
-            model.save_pretrained(self.job.output / MODEL_FOLDER)
+            model.config.dtype = self.job.reference_dtype if half else "float32"
+            model.save_pretrained(self.job.output / MODEL_FOLDER, state_dict=state)
+            last = {"pair": self.examples[0].ids, "logps": logps}
+            (self.job.output / LAST_FILE).write_text(json.dumps(last))
         torch.distributed.barrier()
 
 
-def main() -> int:
-    """Run one rank; a user's error goes to ``error.json`` for the stage to show."""
-    job = TrainingJob.load(Path(sys.argv[1]))
+def main() -> None:
+    """Run one rank; why it failed goes to its error file, for the stage to show."""
+    job, rank = TrainingJob.load(Path(sys.argv[1])), int(os.environ["RANK"])
+    with (job.output / RANK_LOG.format(rank=rank)).open("ab") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
     prepare_cpu(job.threads)
     try:
         trainer = Trainer(job)
         trainer.run()
-    except FPOError as error:
-        (job.output / ERROR_FILE).write_text(json.dumps({"message": str(error)}))
-        return 1
+    except Exception as error:
+        told = str(error) if isinstance(error, FPOError) else None
+        failure = {"time": time.time(), "message": told, "traceback": traceback.format_exc()}
+        (job.output / ERROR_FILE.format(rank=rank)).write_text(json.dumps(failure))
+        raise
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,12 +4,19 @@ import pytest
 import torch
 
 from fpo_core.data.batches import PairIds
+from tests.fpo_core.caches import make_caches
 from tests.tiny import save_sae
 
 
 @pytest.fixture(scope="module")
 def sae(tmp_path_factory):
     return save_sae(tmp_path_factory.mktemp("sae"))
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory):
+    """Model, SAE and the caches of eight pairs, for training."""
+    return make_caches(tmp_path_factory.mktemp("caches"))
 
 
 @pytest.fixture(scope="module")

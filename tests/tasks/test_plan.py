@@ -112,7 +112,8 @@ def test_versions_are_pinned(recipe, store):
         "train": [
             "activation_checkpointing", "alpha", "attention", "batch_size", "beta", "epochs",
             "gamma", "groups", "index_set", "k", "lr", "max_grad_norm", "method", "optimizer",
-            "per_token", "pooled", "seed", "stop_gradient", "warmup_steps", "zero_stage",
+            "per_token", "pooled", "schedule", "seed", "stop_gradient", "warmup_steps",
+            "zero_stage",
         ],
         "evaluate": [
             "attention", "bootstrap", "k", "max_new_tokens", "prompts", "seed", "temperature",

@@ -1,0 +1,37 @@
+"""Is the model that was saved the one that was trained?"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from fpo_core.data.batches import PairIds, collate
+from fpo_core.errors import FPOError
+from fpo_core.models.forward import forward_pairs
+from fpo_core.models.load import load_model
+from fpo_core.training.job import LAST_FILE, MODEL_FOLDER
+from fpo_core.training.start_gate import LOGP_TOLERANCE
+
+
+def check_saved(output: Path, attention: str) -> None:
+    """Load the saved policy and compare its log-probs of one pair with the trained engine's.
+
+    Args:
+        output: where the workers wrote.
+        attention: attention implementation of the run.
+
+    Raises:
+        FPOError: they differ by more than rounding.
+    """
+    last = json.loads((output / LAST_FILE).read_text())
+    dtype = json.loads((output / MODEL_FOLDER / "config.json").read_text())["dtype"]
+    policy = load_model(output / MODEL_FOLDER, dtype=dtype, attention=attention)
+    pair = PairIds(*last["pair"])
+    with torch.no_grad():
+        logps = forward_pairs(policy, collate([pair]), ()).logps.tolist()
+    for saved, trained, ids in zip(logps, last["logps"], pair[2:], strict=True):
+        if not abs(saved - trained) <= LOGP_TOLERANCE[dtype] * len(ids):
+            raise FPOError(
+                f"the saved policy gives a response of pair {pair.pair_id} the log-prob "
+                f"{saved:.4f}, the trained one {trained:.4f}: it was not saved rightly"
+            )

@@ -1,0 +1,87 @@
+"""Caches of eight pairs made by the real offline pass, and training on them in real workers."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file
+
+from fpo_core.data.batches import PairIds
+from fpo_core.hookpoint import Hookpoint
+from fpo_core.models.load import load_model
+from fpo_core.offline import score_shard
+from fpo_core.recipe.schema import FeatureSettings, TrainSettings
+from fpo_core.sae.coder import load_coder
+from fpo_core.training.job import JobSae, TrainingJob
+from fpo_core.training.launch import run_workers
+from tests.tiny import SAE_LAYER, save_model, save_sae
+
+PINNED = (2, 5, 40)
+FIRST, LAST = Hookpoint(SAE_LAYER), Hookpoint(2, "final_norm")
+
+
+def make_caches(root: Path) -> Path:
+    """Model, SAE and aligned shards of 8 pairs in a folder."""
+    save_model(root / "model")
+    save_sae(root / "sae")
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count):
+        return torch.randint(2, 400, (count,), generator=generator).tolist()
+
+    pairs = [
+        PairIds(f"p{n}", ids(3 + n % 3), [*ids(2 + n % 4), 1], [*ids(1 + n % 5), 1])
+        for n in range(8)
+    ]
+    write_caches(root, pairs, load_model(root / "model", dtype="float32", attention="sdpa"))
+    return root
+
+
+def write_caches(root, pairs, model):
+    coder = load_coder(root / "sae")
+    scores = score_shard(
+        model, pairs, Hookpoint(SAE_LAYER), coder=coder,
+        features=FeatureSettings(cache_k=96, tokens_k=96), pinned=PINNED,
+        want_reference=True, tokens_per_batch=64,
+    )  # fmt: skip
+    last = score_shard(
+        model, pairs, LAST, coder=coder, features=FeatureSettings(cache_k=96),
+        want_reference=False, tokens_per_batch=64,
+    )  # fmt: skip
+    pq.write_table(pa.table(last.pooled), root / "last.parquet")
+    rows = [
+        {"pair_id": p.pair_id, "prompt_ids": p.prompt, "chosen_ids": p.chosen,
+         "rejected_ids": p.rejected, "split": "train"}
+        for p in pairs
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), root / "pairs.parquet")
+    pq.write_table(pa.table(scores.reference), root / "reference.parquet")
+    pq.write_table(pa.table(scores.pooled), root / "pooled.parquet")
+    pq.write_table(pa.table(scores.tokens), root / "tokens.parquet")
+
+
+def sae(root: Path, hookpoint=FIRST, pooled="pooled", tokens=()) -> JobSae:
+    return JobSae(
+        folder=root / "sae", hookpoint=hookpoint, pooled=(root / f"{pooled}.parquet",),
+        tokens=tuple(root / f"{name}.parquet" for name in tokens),
+    )  # fmt: skip
+
+
+def job(root: Path, output: Path, saes=(), **settings) -> TrainingJob:
+    defaults = {"lr": 1e-3, "warmup_steps": 0, "batch_size": 4, "k": 8, "epochs": 2}
+    return TrainingJob(
+        model_folder=root / "model", attention="sdpa",
+        saes=saes or (sae(root),),
+        settings=TrainSettings(**{**defaults, **settings}),
+        pairs=(root / "pairs.parquet",), reference=(root / "reference.parquet",),
+        reference_dtype="float32",
+        tokens_per_batch=64, threads=1, output=output, version="0" * 16,
+        checkpoints=output / "checkpoints", checkpoint_minutes=100.0,
+    )  # fmt: skip
+
+
+def train(root, output, ranks=1, saes=(), **settings):
+    records = []
+    run_workers(job(root, output, saes, **settings), ranks, records.append)
+    return records, load_file(output / "model" / "model.safetensors")

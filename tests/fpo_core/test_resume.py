@@ -1,0 +1,156 @@
+"""Training that is killed, stopped and resumed, in real DeepSpeed workers."""
+
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from fpo_core.errors import FPOError
+from fpo_core.recipe.schema import TrainSettings
+from fpo_core.training.checkpoint import is_complete
+from fpo_core.training.engine import lr_factor
+from fpo_core.training.launch import Preempted, run_workers
+from tests.fpo_core.caches import job, train
+from tests.fpo_core.test_training import worker_processes
+
+SAVING = {"checkpoint_minutes": 0.0}
+
+
+def run(spec, ranks, on_step=lambda _record: None):
+    records = []
+
+    def step(record):
+        records.append(record)
+        on_step(record)
+
+    run_workers(spec, ranks, step)
+    return records, load_file(spec.output / "model" / "model.safetensors")
+
+
+def killed(spec, ranks, at_step, how=signal.SIGKILL):
+    """Run until a step is logged, and send a signal to one rank."""
+
+    def on_step(record):
+        if record["step"] == at_step:
+            pids = [
+                pid
+                for pid, line in worker_processes(spec.output)
+                if "torch.distributed.run" not in line
+            ]
+            os.kill(pids[-1], how)
+
+    with pytest.raises(FPOError) as error:
+        run(spec, ranks, on_step)
+    return error.value
+
+
+def newest(spec):
+    return max(folder for folder in spec.checkpoints.glob("step-*") if is_complete(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (1, {"method": "fpo"}),
+        (2, {"method": "fpo", "zero_stage": 2, "schedule": "cosine", "optimizer": "adamw"}),
+        (2, {"method": "tdpo2", "zero_stage": 3}),
+        (3, {"method": "dpo", "zero_stage": 3, "optimizer": "rmsprop"}),
+    ],
+)
+def test_killed_training_resumes_to_the_same_bytes(caches, tmp_path, ranks, settings):
+    """SIGKILL to one rank in mid-run, resumed from what it had saved: weights and loss curve."""
+    settings = {"epochs": 4, "warmup_steps": 2, **settings}
+    whole = job(caches, tmp_path / "whole", **settings)
+    expected, weights = run(whole, ranks)
+    cut = job(caches, tmp_path / "cut", **settings).model_copy(update=SAVING)
+    killed(cut, ranks, at_step=3)
+    checkpoint = newest(cut)
+    assert checkpoint.name >= "step-00000002"
+    again = cut.model_copy(update={"resume": checkpoint, "output": tmp_path / "again"})
+    records, resumed = run(again, ranks)
+    assert [r["step"] for r in records] == [r["step"] for r in expected]
+    assert [r["loss"] for r in records] == [r["loss"] for r in expected]
+    assert [r["lr"] for r in records] == [r["lr"] for r in expected]
+    assert weights.keys() == resumed.keys()
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_saves_its_step_and_goes_on_with_other_ranks(caches, tmp_path):
+    """SIGTERM to one of two ranks; one rank goes on, where the sums differ by rounding."""
+    settings = {"epochs": 4, "zero_stage": 2, "lr": 1e-4}
+    _, weights = run(job(caches, tmp_path / "whole", **settings), 2)
+    cut = job(caches, tmp_path / "cut", **settings)
+    error = killed(cut, 2, at_step=2, how=signal.SIGTERM)
+    assert isinstance(error, Preempted)
+    (checkpoint,) = cut.checkpoints.glob("step-*")
+    assert f"saved after step {int(checkpoint.name[5:])}" in str(error)
+    again = cut.model_copy(update={"resume": checkpoint, "output": tmp_path / "again"})
+    records, resumed = run(again, 1)
+    assert [record["step"] for record in records] == list(range(1, 9))
+    for name, value in weights.items():
+        assert (value - resumed[name]).abs().max() < 2e-5, name
+
+
+def test_checkpoints_that_do_not_fit_are_refused(caches, tmp_path):
+    spec = job(caches, tmp_path / "one").model_copy(update=SAVING)
+    run(spec, 1)
+    checkpoint = newest(spec)
+    again = spec.model_copy(update={"resume": checkpoint, "output": tmp_path / "again"})
+    other = again.model_copy(update={"version": "f" * 16})
+    with pytest.raises(FPOError, match="is of the policy 0{16}, this run makes f{16}"):
+        run(other, 1)
+    rmsprop = again.settings.model_copy(update={"optimizer": "rmsprop"})
+    with pytest.raises(FPOError, match=r"of another model or optimizer: \d+ tensors differ"):
+        run(again.model_copy(update={"settings": rmsprop}), 1)
+    cut = tmp_path / "cut" / checkpoint.name
+    shutil.copytree(checkpoint, cut)
+    state = cut / "state-00000-of-00001.safetensors"
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(FPOError, match=f"{checkpoint.name} is incomplete or damaged"):
+        run(again.model_copy(update={"resume": cut}), 1)
+    state.unlink()
+    assert not is_complete(cut)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_weights_that_are_loaded_are_those_of_the_source(caches, tmp_path, stage):
+    """At a rate that moves nothing but zeros, what comes out is what went in, to the last bit."""
+    _, weights = train(caches, tmp_path, ranks=1 + stage // 3, zero_stage=stage, lr=1e-36)
+    source = load_file(caches / "model" / "model.safetensors")
+    assert source.keys() == weights.keys()
+    for name, value in source.items():
+        assert torch.equal(torch.where(value == 0, 0.0, weights[name]), value), name
+        assert weights[name][value == 0].abs().sum() < 1e-30
+
+
+@pytest.mark.parametrize(
+    ("schedule", "theirs"),
+    [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)],
+)
+def test_schedules_after_the_warm_up_are_transformers(schedule, theirs):
+    settings = TrainSettings(schedule=schedule, warmup_steps=5)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    other = theirs(optimizer, 5, 40)
+    for step in range(40):
+        ours = lr_factor(settings, step, 40)
+        if step < 5:
+            assert ours == pytest.approx((step + 1) / 6)
+        else:
+            assert ours == pytest.approx(other.get_last_lr()[0])
+        optimizer.step()
+        other.step()
+
+
+def test_the_first_failing_ranks_traceback_is_shown(caches, tmp_path):
+    spec = job(caches, tmp_path / "out")
+    gone = spec.model_copy(update={"reference": (tmp_path / "gone.parquet",)})
+    with pytest.raises(FPOError, match=r"(?s)training failed on rank\d first:.*FileNotFoundError"):
+        run(gone, 2)
+    for rank in (0, 1):
+        assert "gone.parquet" in (tmp_path / "out" / f"train-rank{rank}.log").read_text()
