@@ -104,9 +104,9 @@ def _planned_as_made(plan: Plan, origin: _Origin, name: str) -> StagePlan:
     planned = plan.stages.get(origin.stage)
     if planned and f"{planned.artifact}/{planned.version}" == name:
         missing = [
-            f"{other.artifact}/{other.version}"
+            other.name
             for other in plan.stages.values()
-            if other.version in planned.inputs.values() and other.state != "complete"
+            if other.name in planned.made_from and other.state != "complete"
         ]
         if missing:
             raise FPOError(f"{name} is made from {', '.join(missing)}: not in this store any more")

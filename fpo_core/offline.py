@@ -125,7 +125,7 @@ class _FeatureColumns:
     def _add_tokens(
         self, acts: Tensor, owner: list[int], place: list[int], targets: list[int]
     ) -> None:
-        values, indices = torch.topk(acts, min(self.settings.tokens_k, acts.shape[1]), dim=1)
+        indices, values = top_features(acts, self.settings.tokens_k)
         kept = (values > 0).sum(1).tolist()
         nonzero = (acts > 0).sum(1).tolist()
         values_np = values.numpy()

@@ -3,8 +3,10 @@
 <root>/artifacts/<stage>/<version>/manifest.json    written last: the commit point
 <root>/artifacts/<stage>/<version>/data/...         shards and files
 <root>/artifacts/<stage>/<version>/parts/00000.json receipts of finished shards
+<root>/artifacts/<stage>/<version>/checkpoints/...  saved work of one that is not finished
 <root>/refs/<recipe>/<stage>.json                   the version a recipe last made or used
 <root>/runs/<run id>.json                           one pipeline run: recipe and artifacts
+<root>/runs/<run id>/...                            files kept with it
 """
 
 import json

@@ -66,7 +66,9 @@ def score_shards(
     model = load_model(
         run.model_path(), dtype=run.recipe.model.dtype, attention=run.recipe.model.attention
     )
-    coder = attached_coder(run, model, sae) if features else None
+    # All of them: one that does not fit is told before the first hour, not before its own.
+    coders = [attached_coder(run, model, n) for n in range(len(run.recipe.hookpoints))]
+    coder = coders[sae] if features else None
     pinned = run.recipe.train.pinned if sae == 0 else ()
     shards = {work.shard: read_pair_ids(pairs.table(shard=work.shard)) for work in todo}
     total = sum(pair.length for ids in shards.values() for pair in ids)

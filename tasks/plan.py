@@ -17,6 +17,7 @@ from fpo_core.recipe import Recipe
 from fpo_core.recipe.options import objective_options
 from fpo_core.recipe.schema import TrainSettings
 from fpo_core.sae.source import declared_width, identify_sae
+from storage.lineage import input_artifacts
 from storage.store import Store
 from storage.version import artifact_version
 
@@ -61,6 +62,16 @@ class StagePlan(NamedTuple):
     inputs: dict[str, str]
     state: str  # missing, partial or complete
 
+    @property
+    def name(self) -> str:
+        """``artifact/version``."""
+        return f"{self.artifact}/{self.version}"
+
+    @property
+    def made_from(self) -> set[str]:
+        """The artifacts among its inputs, by ``artifact/version``."""
+        return set(input_artifacts(self.inputs).values())
+
 
 class Plan(NamedTuple):
     """All stages of a run, by name, and the sources that could not be resolved."""
@@ -101,12 +112,18 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
         planner.add(stage, part, {**inputs, "sae": saes[number]})
         caches[stage] = planner[stage] if number == 0 else f"artifact:features/{planner[stage]}"
     attention = {"attention": recipe.model.attention}
-    planner.add("train", {**_train_part(recipe.train), **attention}, {**inputs, **caches})
+    encoders = {stage.replace("features", "sae"): sae for stage, sae in zip(
+        features_stages(recipe), saes, strict=True
+    )}  # fmt: skip
+    planner.add(
+        "train", {**_train_part(recipe.train), **attention}, {**inputs, **encoders, **caches}
+    )
     planner.add(
         "evaluate",
         {**recipe.evaluation.model_dump(), "k": recipe.train.k, **attention},
         {
             "policy": planner["train"],
+            "sae": saes[0],
             "pairs": planner["tokenize"],
             **{stage: caches[stage] for stage in ("reference", "features")},
         },
@@ -223,11 +240,10 @@ def selected_stages(plan: Plan, first: str | None, only: str | None) -> list[str
         return stages
     start = stages.index(asked)
     chosen = [asked] if only else stages[start:]
-    needed = set().union(*(plan.stages[stage].inputs for stage in chosen))
+    needed = {name for stage in chosen for name in plan.stages[stage].made_from}
     for stage in stages[:start]:
         planned = plan.stages[stage]
-        wanted = (stage if "@" in stage else planned.artifact) in needed
-        if wanted and planned.state != "complete":
+        if planned.name in needed and planned.state != "complete":
             raise FPOError(
                 f"stage {asked!r} needs {planned.artifact}/{planned.version}, which stage "
                 f"{stage!r} has not made yet; run without --{'only' if only else 'from'}, or "

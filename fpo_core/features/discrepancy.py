@@ -37,6 +37,7 @@ class CachedFeatures(NamedTuple):
 
     top: TopFeatures  # [rows, m]
     cutoff: Tensor  # [rows] largest value that is not stored, or any bound on it; 0: all are stored
+    pinned: TopFeatures | None = None  # [rows, P] values that are known beside the top ones
 
 
 class Discrepancy(NamedTuple):
@@ -140,12 +141,14 @@ def _compared(
     values: Tensor, reference: CachedFeatures, k: int, index_set: IndexSet
 ) -> tuple[Tensor, Tensor, Tensor]:
     """I as a mask [rows, F], the reference's values [rows, F], and how many of I are not stored."""
-    top, cutoff = reference
+    top, cutoff, pinned = reference
     stored = torch.zeros_like(values, dtype=torch.bool)
     target = torch.zeros_like(values)
     chosen = torch.zeros_like(stored)
-    _scatter(stored, top.indices, torch.ones_like(top.indices, dtype=torch.bool))
-    _scatter(target, top.indices, top.values)
+    for known in (top, pinned):
+        if known is not None:
+            _scatter(stored, known.indices, torch.ones_like(known.indices, dtype=torch.bool))
+            _scatter(target, known.indices, known.values)
     if index_set != "reference":
         mine = top_features(values, k).indices
         _scatter(chosen, mine, torch.ones_like(mine, dtype=torch.bool))

@@ -51,13 +51,16 @@ def add_by_response(sums: Tensor, acts: Tensor, response: Tensor) -> None:
 def top_features(values: Tensor, k: int) -> TopFeatures:
     """The k largest positive features of each row [R, F]; ties go to the lower index.
 
-    ``torch.topk`` leaves the order of ties open. A positive float32 sorts as its bits do, so the
-    bits with the index below them make a key that has no ties.
+    ``torch.topk`` leaves the order of ties open. Where there are any, the bits of a value with its
+    index below them make a key that has none: a positive float32 sorts as its bits do.
     """
     k = min(k, values.shape[1])
-    keys = values.clamp_min(0.0).view(torch.int32).to(torch.int64) << 32
-    keys += torch.arange(values.shape[1] - 1, -1, -1, device=values.device)
-    indices = torch.topk(keys, k, dim=1).indices
-    top = values.gather(1, indices)
+    top, indices = torch.topk(values, min(k + 1, values.shape[1]), dim=1)
+    if bool(((top[:, 1:] == top[:, :-1]) & (top[:, 1:] > 0)).any()):
+        keys = values.clamp_min(0.0).view(torch.int32).to(torch.int64) << 32
+        keys += torch.arange(values.shape[1] - 1, -1, -1, device=values.device)
+        indices = torch.topk(keys, k, dim=1).indices
+        top = values.gather(1, indices)
+    top, indices = top[:, :k], indices[:, :k]
     positive = top > 0
     return TopFeatures(torch.where(positive, indices, -1), torch.where(positive, top, 0.0))

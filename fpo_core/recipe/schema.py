@@ -131,8 +131,10 @@ class SaeSettings(Settings):
         if self.train is not None and self.site != "resid_post":
             raise ValueError("sae.train trains on resid_post; sae.site is for a stored SAE")
         places = [self.hookpoint, *(other.hookpoint for other in self.also)]
+        # After the final norm there is one place, whatever layer the SAE is of.
+        places = [p if p.site == "resid_post" else p._replace(layer=-1) for p in places]
         if len(set(places)) < len(places):
-            raise ValueError(f"two SAEs at one place: {', '.join(map(str, places))}")
+            raise ValueError(f"two SAEs at one place: {', '.join(map(str, sorted(places)))}")
         return self
 
 
@@ -313,10 +315,12 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _top_k_is_cached(self) -> "Recipe":
         k, features = self.train.k, self.features
-        if features.cache_k != "all" and k > features.cache_k:
+        # Rounding moves features across the edge of a top-k: past the cache's own they would read
+        # as 0. Twice k keeps the two edges apart.
+        if features.cache_k != "all" and features.cache_k < 2 * k:
             raise ValueError(
-                f"train.k={k} needs the reference's top {k} features, "
-                f"features.cache_k stores {features.cache_k}; raise features.cache_k"
+                f"train.k={k} needs a cache of twice as many features, features.cache_k stores "
+                f"{features.cache_k}; raise features.cache_k, to `all` if you like"
             )
         if not self.train.pooled and k > features.tokens_k:
             raise ValueError(

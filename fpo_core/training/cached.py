@@ -21,18 +21,32 @@ class CachedBatch(NamedTuple):
     pinned: Tensor  # [R, P] the first SAE's pinned features
 
 
-def cached_batch(examples: Sequence[Example], device: str) -> CachedBatch:
-    """Gather the reference side of examples."""
+def cached_batch(
+    examples: Sequence[Example], device: str, pinned: Sequence[int] = ()
+) -> CachedBatch:
+    """Gather the reference side of examples.
+
+    Args:
+        examples: a batch's.
+        device: torch device of the tensors.
+        pinned: the first SAE's pinned features, whose values the examples hold.
+    """
     logps = [logp for example in examples for logp in example.logps]
     saes = range(len(examples[0].features))
     sides = [[side for example in examples for side in example.features[sae]] for sae in saes]
     unpooled = [[side.tokens for side in every if side.tokens is not None] for every in sides]
-    pinned = np.stack([side.pooled.pinned for side in sides[0]]) if sides else np.zeros((0, 0))
+    pooled = [_pooled(every, device) for every in sides]
+    values = torch.zeros(len(logps), len(pinned), device=device)
+    if pinned:
+        held = np.stack([side.pooled.pinned for side in sides[0]])
+        values = torch.tensor(held, dtype=torch.float32, device=device)
+        indices = torch.tensor(pinned, device=device).expand(len(values), -1)
+        pooled[0] = pooled[0]._replace(pinned=TopFeatures(indices, values))
     return CachedBatch(
         torch.tensor(logps, dtype=torch.float64, device=device),
-        tuple(_pooled(every, device) for every in sides),
+        tuple(pooled),
         tuple(_tokens(every, device) for every in unpooled if every),
-        torch.tensor(pinned, device=device),
+        values,
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fpo_core.data.batches import PairIds
@@ -73,6 +74,9 @@ def read_examples(
         FPOError: shards that do not hold the same pairs or the same scored tokens, or features that
             do not serve this SAE, k or groups; naming the row and both values.
     """
+    for label, shards in (("reference", reference), *((c.label, c.pooled) for c in features)):
+        if len(shards) != len(pairs):
+            raise FPOError(f"{len(pairs)} shards of pairs, {len(shards)} of {label}")
     examples: list[Example] = []
     for shard, (ids_file, logps_file) in enumerate(zip(pairs, reference, strict=True)):
         ids, refs = (pq.read_table(path).to_pylist() for path in (ids_file, logps_file))
@@ -133,11 +137,15 @@ def _read_features(
         where = f"shard {shard}, row {number}"
         chosen, rejected = rows[2 * number : 2 * number + 2]
         counts = (chosen["n_tokens"], rejected["n_tokens"])
-        for row in (chosen, rejected):
+        for row, side in zip((chosen, rejected), SIDES, strict=True):
             _check_row(cache.label, where, pair, row["pair_id"], counts)
+            if row["side"] != side:
+                raise FPOError(
+                    f"{where}: {cache.label} has the {row['side']} response of pair "
+                    f"{row['pair_id']} where the {side} one should be; {RECOMPUTE}"
+                )
             _check_serves(row, cache, where, k)
-    lengths = [row["n_tokens"] for row in rows]
-    tokens = _read_tokens(cache, shard, lengths) if cache.tokens else [None] * len(rows)
+    tokens = _read_tokens(cache, shard, rows, k) if cache.tokens else [None] * len(rows)
     return [
         CachedSide(_pooled(row, cache), found) for row, found in zip(rows, tokens, strict=True)
     ]  # fmt: skip
@@ -174,16 +182,28 @@ def _pooled(row: dict, cache: FeatureShards) -> PooledFeatures:
     )
 
 
-def _read_tokens(cache: FeatureShards, shard: int, lengths: Sequence[int]) -> list[TokenFeatures]:
+def _read_tokens(
+    cache: FeatureShards, shard: int, responses: Sequence[dict], k: int
+) -> list[TokenFeatures]:
     """The token features of a shard, response by response: its rows are in that order."""
-    table = pq.read_table(cache.tokens[shard], columns=["indices", "values", "nonzero"])
+    table = pq.read_table(cache.tokens[shard])
+    lengths = [row["n_tokens"] for row in responses]
     if table.num_rows != sum(lengths):
         raise FPOError(
             f"shard {shard}: {sum(lengths)} scored tokens, {table.num_rows} rows of the token "
             f"features of {cache.label}; {RECOMPUTE}"
         )
     lists: Any = table["indices"].combine_chunks()
-    stored = np.diff(lists.offsets.to_numpy())
+    stored, nonzero = np.diff(lists.offsets.to_numpy()), table["nonzero"].to_numpy()
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    _check_tokens(cache, shard, table, [responses[int(number)] for number in owner], lengths)
+    short = np.flatnonzero(stored < np.minimum(k, nonzero))
+    if len(short):
+        first = int(short[0])
+        raise FPOError(
+            f"shard {shard}, token row {first}: train.k={k}, the token features of {cache.label} "
+            f"store {stored[first]} of {nonzero[first]}; raise features.tokens_k, or lower train.k"
+        )
     width = max(1, int(stored.max(initial=0)))
     filled = np.arange(width) < stored[:, None]
     indices = np.full(filled.shape, -1, dtype=np.int32)
@@ -192,10 +212,42 @@ def _read_tokens(cache: FeatureShards, shard: int, lengths: Sequence[int]) -> li
     values[filled] = table["values"].combine_chunks().flatten().to_numpy()
     # What is left out of a token is at most the last value that is stored.
     last = values[np.arange(len(values)), np.maximum(stored - 1, 0)]
-    cutoff = np.where(table["nonzero"].to_numpy() > stored, last, 0.0).astype(np.float32)
+    cutoff = np.where(nonzero > stored, last, 0.0).astype(np.float32)
     ends = np.cumsum(lengths)[:-1]
     parts = (np.split(column, ends) for column in (indices, values, cutoff))
     return [TokenFeatures(*columns) for columns in zip(*parts, strict=True)]
+
+
+def _check_tokens(
+    cache: FeatureShards,
+    shard: int,
+    table: pa.Table,
+    responses: Sequence[dict],
+    lengths: Sequence[int],
+) -> None:
+    """Refuse token rows of other tokens than their place says, or of another SAE."""
+    wanted = {
+        "pair_id": [row["pair_id"] for row in responses],
+        "side": [row["side"] for row in responses],
+        "position": [position for length in lengths for position in range(length)],
+    }
+    for name, values in wanted.items():
+        found = table[name].to_pylist()
+        if found != values:
+            row = next(
+                n for n, pair in enumerate(zip(found, values, strict=True)) if len(set(pair)) > 1
+            )
+            raise FPOError(
+                f"shard {shard}, token row {row}: the token features of {cache.label} have the "
+                f"{name} {found[row]} where {values[row]} should be; {RECOMPUTE}"
+            )
+    indices: Any = table["indices"].combine_chunks()
+    highest = int(indices.flatten().to_numpy().max(initial=0))
+    if highest >= cache.d_sae:
+        raise FPOError(
+            f"shard {shard}: the token features of {cache.label} name feature {highest}, the SAE "
+            f"has 0 to {cache.d_sae - 1}: the cache is of another SAE; {RECOMPUTE}"
+        )
 
 
 def check_vocabulary(examples: Sequence[Example], size: int) -> None:

@@ -10,7 +10,7 @@ from fpo_core.errors import FPOError
 from fpo_core.models.forward import forward_pairs
 from fpo_core.models.load import load_model
 from fpo_core.training.job import LAST_FILE, MODEL_FOLDER
-from fpo_core.training.start_gate import LOGP_TOLERANCE
+from fpo_core.training.start_gate import logp_tolerance
 
 
 def check_saved(output: Path, attention: str) -> None:
@@ -30,7 +30,8 @@ def check_saved(output: Path, attention: str) -> None:
     with torch.no_grad():
         logps = forward_pairs(policy, collate([pair]), ()).logps.tolist()
     for saved, trained, ids in zip(logps, last["logps"], pair[2:], strict=True):
-        if not abs(saved - trained) <= LOGP_TOLERANCE[dtype] * len(ids):
+        allowed = float(logp_tolerance(dtype, torch.tensor(len(ids)))) * len(ids)
+        if not abs(saved - trained) <= allowed:
             raise FPOError(
                 f"the saved policy gives a response of pair {pair.pair_id} the log-prob "
                 f"{saved:.4f}, the trained one {trained:.4f}: it was not saved rightly"

@@ -221,14 +221,11 @@ class Trainer:
         """The loss of a micro-batch, and its tokens."""
         batch = collate([example.ids for example in examples], device=self.device)
         out: PairForward = self.engine(batch, self.loss.live(batch))
-        cached = cached_batch(examples, self.device)
+        cached = cached_batch(examples, self.device, self.job.settings.pinned)
         loss = self.loss(batch, out, cached)
         if step == 1:
-            check_start(
-                loss.policy_logps, cached, batch.lengths, loss.sae_discrepancies,
-                [sae.label for sae in self.job.saes], self.job.settings.k,
-                self.job.reference_dtype, batch.pair_ids,
-            )  # fmt: skip
+            labels = [sae.label for sae in self.job.saes]
+            check_start(loss, cached, batch, labels, self.job.settings, self.job.reference_dtype)
         if not torch.isfinite(loss.losses).all():
             file = self.job.output / BAD_BATCH_FILE.format(step=step, rank=self.rank)
             raise keep_bad_batch(file, step, examples, loss)

@@ -117,7 +117,9 @@ REFUSED = {
         {"train": {"pooled": False, "k": 9}},
         "train.pooled=false compares the top 9", "features.tokens_k stores 8",
     ),
-    "k beyond the cache": ({"train": {"k": 65}}, "features.cache_k stores 64"),
+    "k near the cache's edge": (
+        {"train": {"k": 33}}, "train.k=33 needs a cache of twice as many", "cache_k stores 64",
+    ),
     "k beyond the SAE": (
         {"train": {"k": D_SAE + 1}, "features": {"cache_k": "all"}},
         f"train.k={D_SAE + 1}, but the SAE", f"has only {D_SAE} features",

@@ -64,7 +64,7 @@ def newest(spec):
 )
 def test_killed_training_resumes_to_the_same_bytes(caches, tmp_path, ranks, settings):
     """SIGKILL to one rank in mid-run, resumed from what it had saved: weights and loss curve."""
-    settings = {"epochs": 4, "warmup_steps": 2, **settings}
+    settings = {"epochs": 20, "warmup_steps": 2, "lr": 1e-4, **settings}
     whole = job(caches, tmp_path / "whole", **settings)
     expected, weights = run(whole, ranks)
     cut = job(caches, tmp_path / "cut", **settings).model_copy(update=SAVING)
@@ -83,7 +83,7 @@ def test_killed_training_resumes_to_the_same_bytes(caches, tmp_path, ranks, sett
 @pytest.mark.slow
 def test_a_stopped_run_saves_its_step_and_goes_on_with_other_ranks(caches, tmp_path):
     """SIGTERM to one of two ranks; one rank goes on, where the sums differ by rounding."""
-    settings = {"epochs": 4, "zero_stage": 2, "lr": 1e-4}
+    settings = {"epochs": 60, "zero_stage": 2, "lr": 1e-6}
     _, weights = run(job(caches, tmp_path / "whole", **settings), 2)
     cut = job(caches, tmp_path / "cut", **settings)
     error = killed(cut, 2, at_step=2, how=signal.SIGTERM)
@@ -92,9 +92,9 @@ def test_a_stopped_run_saves_its_step_and_goes_on_with_other_ranks(caches, tmp_p
     assert f"saved after step {int(checkpoint.name[5:])}" in str(error)
     again = cut.model_copy(update={"resume": checkpoint, "output": tmp_path / "again"})
     records, resumed = run(again, 1)
-    assert [record["step"] for record in records] == list(range(1, 9))
+    assert [record["step"] for record in records] == list(range(1, 121))
     for name, value in weights.items():
-        assert (value - resumed[name]).abs().max() < 2e-5, name
+        assert (value - resumed[name]).abs().max() < 3e-6, name
 
 
 def test_checkpoints_that_do_not_fit_are_refused(caches, tmp_path):

@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from fpo_core.data.batches import PairIds
 from fpo_core.errors import FPOError
+from fpo_core.models.load import load_model
 from fpo_core.training.examples import FeatureShards, epoch_batches, read_examples
 from fpo_core.training.job import TrainingJob
 from fpo_core.training.launch import run_workers
-from tests.fpo_core.caches import LAST, PINNED, job, sae, train
+from tests.fpo_core.caches import LAST, PINNED, job, sae, train, write_caches
 from tests.tiny import save_model, save_sae
 
 
@@ -116,7 +118,10 @@ def test_saved_policy_is_an_ordinary_model_and_moved(caches, tmp_path):
 def test_ranks_and_micro_batches_give_the_same_policy(caches, tmp_path):
     """Global loss normalisation: 2 ranks under ZeRO-2 equal one rank, to float32 rounding."""
     _, one = train(caches, tmp_path / "one", batch_size=3, lr=1e-4)
-    _, two = train(caches, tmp_path / "two", ranks=2, batch_size=3, zero_stage=2, lr=1e-4)
+    # 20 tokens hold one or two pairs: micro-batches, and empty ones on a rank that has fewer.
+    two = job(caches, tmp_path / "two", batch_size=3, zero_stage=2, lr=1e-4)
+    run_workers(two.model_copy(update={"tokens_per_batch": 20}), 2, [].append)
+    two = load_file(tmp_path / "two" / "model" / "model.safetensors")
     for name, value in one.items():
         # Adam divides by the gradient's own size, so rounding shows at the scale of lr.
         assert (value - two[name]).abs().max() < 2e-5, name
@@ -184,7 +189,15 @@ def first(column, value):
          r"train.k=8, features \(layer 1 resid_post\) stores 1 of \d+ features"),
         ("pooled", lambda table: first("pinned_values", [0.0])(first("pinned", [2])(table)),
          "train.groups hold feature 5, 40, .* has no values of it pinned"),
+        ("pooled", lambda table: table.take([1, 0, *range(2, 16)]),
+         r"chosen response of pair p0 has 3 scored tokens, features .* was made of 2"),
+        ("pooled", first("side", "rejected"), "has the rejected response of pair p0 where the cho"),
         ("tokens", lambda table: table.slice(1), r"\d+ scored tokens, \d+ rows of the token"),
+        ("tokens", lambda table: table.take([1, 0, *range(2, len(table))]),
+         "token row 0: .* have the position 1 where 0 should be"),
+        ("tokens", first("indices", [500]), "name feature 500, the SAE has 0 to 95"),
+        ("tokens", lambda table: first("values", [1.0])(first("indices", [3])(table)),
+         r"token row 0: train.k=8, .* store 1 of \d+; raise features.tokens_k"),
     ],
 )  # fmt: skip
 def test_caches_that_disagree_are_named_with_both_values(caches, tmp_path, name, change, message):
@@ -196,6 +209,33 @@ def test_caches_that_disagree_are_named_with_both_values(caches, tmp_path, name,
     pairs, reference = ([tmp_path / f"{table}.parquet"] for table in ("pairs", "reference"))
     with pytest.raises(FPOError, match=message):
         read_examples(pairs, reference, [cache], 8, "train")
+
+
+def test_pinned_values_of_something_else_are_refused(caches, tmp_path):
+    table = pq.read_table(caches / "pooled.parquet")
+    wrong = pa.array([[9.0] * 3] * len(table), type=table.schema.field("pinned_values").type)
+    number = table.schema.get_field_index("pinned_values")
+    pq.write_table(table.set_column(number, table.schema.field(number), wrong), tmp_path / "p")
+    groups = [{"name": "held", "features": [40]}]
+    odd = sae(caches).model_copy(update={"pooled": (tmp_path / "p",)})
+    with pytest.raises(FPOError, match=r"`features \(layer 1 resid_post\), train.groups`"):
+        train(caches, tmp_path / "out", saes=(odd,), groups=groups)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_caches_in_bfloat16_start_a_float32_policy(caches, tmp_path, pooled):
+    """Rounding switches features on and off, most of all in answers of one to five tokens."""
+    for folder in ("model", "sae"):
+        (tmp_path / folder).symlink_to(caches / folder)
+    pairs = [PairIds(r["pair_id"], r["prompt_ids"], r["chosen_ids"], r["rejected_ids"])
+             for r in pq.read_table(caches / "pairs.parquet").to_pylist()]  # fmt: skip
+    model = load_model(tmp_path / "model", dtype="bfloat16", attention="sdpa")
+    write_caches(tmp_path, pairs, model)
+    one = sae(tmp_path, tokens=["tokens"])
+    spec = job(tmp_path, tmp_path / "out", (one,), pooled=pooled, batch_size=8)
+    run_workers(spec.model_copy(update={"reference_dtype": "bfloat16"}), 1, [].append)
+    with pytest.raises(FPOError, match="float32 explains"):
+        run_workers(spec, 1, [].append)
 
 
 def test_pairs_of_another_tokenizer_are_refused(caches, tmp_path):
