@@ -18,6 +18,7 @@ on a GPU what torch allocated. The second command is the paper's Figure 4; it ne
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.peak import PeakMemory
-from fpo_core.data.batches import PairIds, collate
+from fpo_core.data.batches import PairBatch, PairIds, collate
 from fpo_core.features.discrepancy import CachedFeatures
 from fpo_core.features.pool import pool_features, top_features
 from fpo_core.hookpoint import Hookpoint
@@ -136,12 +137,7 @@ class _Bench:
     """One engine, one batch, and the losses of the variants."""
 
     def __init__(self, shape: Shape, variants: Sequence[str]) -> None:
-        import os
-
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
-                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():  # fmt: skip
-            os.environ.setdefault(name, value)
-        self.device = start_distributed()
+        self.device = alone()
         self.half = self.device != "cpu"
         self.hookpoint = Hookpoint(shape.layer)
         model = _model(shape).float()
@@ -152,7 +148,10 @@ class _Bench:
         engine = make_engine(model, (), settings, 100, half=self.half)
         self.engine, self.policy = engine, engine.module
         self.losses = {name: self._loss(name, shape) for name in variants}
-        self.caches = {name: self._cached(loss) for name, loss in self.losses.items()}
+        self.caches = {
+            name: cached_as_offline(self.policy.model, self.batch, loss)
+            for name, loss in self.losses.items()
+        }
 
     def _frozen(self, shape: Shape) -> Any:
         reference = _model(shape).to(self.device, torch.bfloat16 if self.half else torch.float32)
@@ -175,19 +174,6 @@ class _Bench:
         )  # fmt: skip
         return coder.to(self.device)
 
-    @torch.no_grad()
-    def _cached(self, loss: PairLoss) -> CachedBatch:
-        """The reference side as the caches would have it: of the policy itself, before step 1."""
-        out = forward_pairs(self.policy.model, self.batch, loss.hookpoints)
-        rows = []
-        for sae, activations in zip(loss.saes, out.activations, strict=True):
-            pooled = pool_features(sae.coder, activations, self.batch.response, self.batch.lengths)
-            rows.append(
-                CachedFeatures(top_features(pooled, CACHE_K), torch.zeros(len(pooled)).to(pooled))
-            )
-        nothing = torch.zeros(len(self.batch.lengths), 0, device=self.device)
-        return CachedBatch(out.logps, tuple(rows), (), nothing)
-
     def step(self, name: str) -> float:
         """One optimizer step; returns its seconds."""
         loss, cached = self.losses[name], self.caches[name]
@@ -207,6 +193,28 @@ class _Bench:
     def _synchronize(self) -> None:
         if self.half:
             torch.cuda.synchronize()
+
+
+def alone() -> str:
+    """A process group of this one process; returns its device."""
+    os.environ |= {
+        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }  # fmt: skip
+    return start_distributed()
+
+
+@torch.no_grad()
+def cached_as_offline(model: Any, batch: PairBatch, loss: PairLoss) -> CachedBatch:
+    """The reference side as the caches would have it: of the policy itself, before step 1."""
+    out = forward_pairs(model, batch, loss.hookpoints)
+    rows = []
+    for sae, activations in zip(loss.saes, out.activations, strict=True):
+        pooled = pool_features(sae.coder, activations, batch.response, batch.lengths)
+        cutoff = torch.zeros(len(pooled), device=pooled.device)
+        rows.append(CachedFeatures(top_features(pooled, CACHE_K), cutoff))
+    nothing = torch.zeros(len(batch.lengths), 0, device=batch.lengths.device)
+    return CachedBatch(out.logps, tuple(rows), (), nothing)
 
 
 def _model(shape: Shape) -> Any:

@@ -15,3 +15,7 @@ class UsageError(FPOError):
 
 class RecipeError(UsageError):
     """A recipe or override that cannot be read."""
+
+
+class Preempted(FPOError):
+    """Training was told to stop, saved itself and left; the same command goes on."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fpo_core.data.source import hub_dataset
-from fpo_core.errors import FPOError
+from fpo_core.errors import FPOError, Preempted
 from fpo_core.models.load import model_folder
 from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe, load_recipe
@@ -201,8 +201,8 @@ class PipelineRun:
         try:
             yield
             state = "complete"
-        except KeyboardInterrupt:
-            state = "interrupted"
+        except BaseException as error:
+            state = _state_after(error)
             raise
         finally:
             ended = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
@@ -264,6 +264,15 @@ def recipe_store(recipe: Recipe, given: str | None) -> Store:
     if place.url not in (None, url):
         return open_store(url)  # the recipe's endpoint is that of its own store
     return open_store(url, endpoint=place.endpoint, region=place.region)
+
+
+def _state_after(error: BaseException) -> str:
+    """What became of a run that an exception ended."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    from prefect.exceptions import TerminationSignal  # what Prefect makes of SIGTERM
+
+    return "preempted" if isinstance(error, (Preempted, TerminationSignal)) else "failed"
 
 
 def _never(_writer: ArtifactWriter) -> Work:

@@ -17,6 +17,7 @@ from fpo_core.progress import Progress
 from fpo_core.recipe.options import objective_options
 from fpo_core.sae.source import identify_sae
 from fpo_core.training.job import BAD_BATCH_FILE, MODEL_FOLDER, RANK_LOG, JobSae, TrainingJob
+from storage.errors import StoreError
 from storage.writer import ArtifactWriter
 from tasks.announce import announce
 from tasks.checkpoints import CheckpointKeeper
@@ -58,8 +59,7 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
         except FPOError as error:
             raise _with_kept_files(run, output, error) from error
         finally:
-            for path in sorted(output.glob(RANK_LOG.format(rank="*"))):
-                run.keep_file(path)
+            _keep(run, output, RANK_LOG.format(rank="*"))
     model = output / MODEL_FOLDER
     check_saved(output, job.attention)
     load_tokenizer(job.model_folder).save_pretrained(model)
@@ -180,9 +180,21 @@ def _check_unchanged(run: PipelineRun, stage: str, sae: Path | None = None) -> N
 
 def _with_kept_files(run: PipelineRun, output: Path, error: FPOError) -> FPOError:
     """The error, with where in the store the batches are that the workers kept."""
-    batches = output.glob(BAD_BATCH_FILE.format(step="*", rank="*"))
-    kept = [run.keep_file(path) for path in sorted(batches)]
-    return FPOError(f"{error} (in the store: {', '.join(kept)})") if kept else error
+    kept = _keep(run, output, BAD_BATCH_FILE.format(step="*", rank="*"))
+    if not kept:
+        return error
+    return type(error)(f"{error} (in the store: {', '.join(kept)})")
+
+
+def _keep(run: PipelineRun, output: Path, pattern: str) -> list[str]:
+    """Keep files of the workers with the run's record; returns their keys."""
+    kept = []
+    for path in sorted(output.glob(pattern)):
+        try:
+            kept.append(run.keep_file(path))
+        except StoreError as error:  # what ended the training is the error to tell
+            log.warning("%s could not be kept: %s", path.name, error)
+    return kept
 
 
 def _total_steps(run: PipelineRun) -> int:

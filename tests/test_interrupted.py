@@ -179,6 +179,8 @@ def test_sigterm_saves_at_the_end_of_the_step_and_the_next_run_goes_on(whole, tm
     assert "Traceback" not in err.decode(), err.decode()
     wait_for_the_end_of(str(store))
     assert len(list(store.glob("artifacts/policy/*/checkpoints/step-*/saved.json"))) == 1
+    newest = max(store.glob("runs/*.json"))
+    assert json.loads(newest.read_text())["state"] == "preempted"
     assert "going on from step-" in finish(start(whole.recipe, store))
     assert contents(store) == contents(whole.store)
 

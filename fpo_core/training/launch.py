@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fpo_core.errors import FPOError
+from fpo_core.errors import FPOError, Preempted
 from fpo_core.processes import end_with_parent
 from fpo_core.training.checkpoint import is_complete
 from fpo_core.training.job import ERROR_FILE, METRICS_FILE, PREEMPTED_FILE, TrainingJob
@@ -30,10 +30,6 @@ GRACE_SECONDS = 28.0
 
 
 _OUT_OF_MEMORY = re.compile(r"exitcode *: -9\b|Signal 9 ")
-
-
-class Preempted(FPOError):
-    """The workers were told to stop, saved themselves and left."""
 
 
 def run_workers(

@@ -186,7 +186,8 @@ class Trainer:
         return stop
 
     def _step(self, step: int, batch: list[Example]) -> dict[str, float]:
-        mine = batch[self.rank :: self.world]
+        # By length, so that every rank has as much to do.
+        mine = sorted(batch, key=lambda example: -example.ids.length)[self.rank :: self.world]
         groups = self._micro_batches(mine)
         totals: dict[str, float] = {}
         for number, rows in enumerate(groups):

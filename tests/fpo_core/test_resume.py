@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from fpo_core.errors import FPOError
+from fpo_core.errors import FPOError, Preempted
 from fpo_core.recipe.schema import TrainSettings
 from fpo_core.training.checkpoint import is_complete
 from fpo_core.training.engine import lr_factor
-from fpo_core.training.launch import Preempted, run_workers
+from fpo_core.training.launch import run_workers
 from tests.fpo_core.caches import job, train
 from tests.fpo_core.test_training import worker_processes
 
