@@ -375,7 +375,7 @@ def test_only_what_is_asked_for_is_read(reader: Reader, stored: Stored, scarred:
 
 def test_polars_plans_filter_and_projection_in_the_scan(stored):
     plan = Polars().query(stored).explain()
-    assert f"PROJECT {len(COLUMNS)}/8 COLUMNS" in plan
+    assert f"PROJECT {len(COLUMNS)}/10 COLUMNS" in plan
     assert f'SELECTION: col("pair_id") == "{PAIR}"' in plan
     assert "FILTER" not in plan
 
