@@ -41,23 +41,36 @@ class Checkpoints:
         self._key = f"{key}/checkpoints"
 
     def put(self, name: str, files: Iterable[Path]) -> None:
-        """Save files under a name; the local ones are gone afterwards.
+        """Save files under a name; the local ones are gone when all are saved.
 
-        A name that is saved already is left as it is.
+        A name that is saved already is left as it is, and so are the files.
 
         Raises:
-            StoreError: the store cannot take them; nothing then reads as whole.
+            StoreError: the store cannot take them; nothing then reads as whole, and all the files
+                are still here.
         """
         if name in self.names():
             return
-        records = {}
+        files, records = list(files), {}
         for path in files:
             self._hold.check()
             key = f"{self._key}/{name}/{path.name}"
-            records[path.name] = self._backend.put_file(key, path, still_ours=self._hold.check)
+            records[path.name] = self._put(key, path)
         listed = {file: record._asdict() for file, record in records.items()}
         self._hold.check()
         self._backend.put(f"{self._key}/{name}/{SAVED_FILE}", json_bytes({"files": listed}))
+        for path in files:
+            path.unlink()
+
+    def _put(self, key: str, path: Path) -> FileRecord:
+        """Store a second name of a file, since storing takes the one that it is given."""
+        other = path.with_name(f"{path.name}.going")
+        other.unlink(missing_ok=True)
+        other.hardlink_to(path)
+        try:
+            return self._backend.put_file(key, other, still_ours=self._hold.check)
+        finally:
+            other.unlink(missing_ok=True)
 
     def names(self) -> list[str]:
         """The names of whole checkpoints, oldest first."""

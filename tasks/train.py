@@ -36,6 +36,7 @@ def train(run: PipelineRun) -> Outcome:
 
 
 def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
+    from fpo_core.training.checkpoint import read_meta
     from fpo_core.training.launch import run_workers
     from fpo_core.training.saved import check_saved
 
@@ -43,14 +44,18 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
     shutil.rmtree(output, ignore_errors=True)
     keeper = CheckpointKeeper(writer, run.recipe.resources.checkpoints_kept)
     saved = keeper.newest()
+    earlier = read_meta(saved.folder).step if saved else 0  # steps that are done already
     job = training_job(run, output, keeper.local, resume=saved.folder if saved else None)
     if saved:
         log.info("train: going on from %s", saved.name)
     records: list[dict[str, Any]] = []
-    with Progress("train", total=_total_steps(run), unit="step") as progress, keeper:
+    progress = Progress("train", total=_total_steps(run), unit="step", done=earlier)
+    with progress, keeper:
 
         def on_step(record: dict[str, Any]) -> None:
             records.append(record)
+            if record["step"] <= earlier:
+                return
             note = f"loss {record['loss']:.3f}, accuracy {record['accuracy']:.2f}"
             progress.advance(1, note)
 
@@ -79,7 +84,7 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
         "last_loss": last["loss"],
         "missing_features_per_pair": sum(r["missing"] for r in records) / len(records),
     }
-    tokens = sum(record["tokens_per_second"] * record["seconds"] for record in records)
+    tokens = sum(r["tokens_per_second"] * r["seconds"] for r in records[earlier:])
     return Work(stats, int(tokens))
 
 

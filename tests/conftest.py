@@ -1,6 +1,7 @@
 """What all tests share: quiet libraries, a Prefect of their own, the ``fpo`` command."""
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -85,3 +86,15 @@ def fpo(prefect_server, capfd) -> Callable[..., Result]:
         return Result(code, *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB, mounted for the test. Takes root, as CI has it."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk takes root")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)

@@ -11,6 +11,7 @@ With one optimizer for all parameters, its step counter is one number.
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +74,9 @@ def save_checkpoint(engine: Any, folder: Path, meta: Checkpoint, rank: int, metr
         meta: what it says of itself.
         rank: this rank.
         metrics: the run's log so far, kept with rank 0's part.
+
+    Raises:
+        OSError: the disk cannot take it (SafetensorError where that library says it).
     """
     from safetensors.torch import save_file
 
@@ -84,14 +88,24 @@ def save_checkpoint(engine: Any, folder: Path, meta: Checkpoint, rank: int, metr
             if number % meta.ranks == rank:
                 mine[f"{key}.{name}"] = value.detach().to("cpu", torch.float32).contiguous()
     counters = {"optimizer_steps": str(_optimizer_steps(engine))}
-    file = folder / _state_file(rank, meta.ranks)
-    save_file(mine, file.with_suffix(".partial"), metadata=counters)
-    file.with_suffix(".partial").rename(file)
+    with _renamed(folder / _state_file(rank, meta.ranks)) as partial:
+        save_file(mine, partial, metadata=counters)
     if rank == 0:
-        shutil.copyfile(metrics, folder / metrics.name)
-        partial = folder / f"{META_FILE}.partial"
-        partial.write_text(json.dumps(meta._asdict()))
-        partial.rename(folder / META_FILE)
+        with _renamed(folder / metrics.name) as partial:
+            shutil.copyfile(metrics, partial)
+        with _renamed(folder / META_FILE) as partial:
+            partial.write_text(json.dumps(meta._asdict()))
+
+
+@contextmanager
+def _renamed(file: Path) -> Iterator[Path]:
+    """A name to write under; the file gets its own when it is whole, and none when that fails."""
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        yield partial
+        partial.rename(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(engine: Any, folder: Path) -> int:

@@ -13,6 +13,7 @@ METRICS_FILE, MODEL_FOLDER = "metrics.jsonl", "model"
 RANK_LOG = "train-rank{rank}.log"  # all that a rank's process said
 ERROR_FILE = "error-rank{rank}.json"  # why a rank failed, and when
 LAST_FILE = "last.json"  # log-probs of one pair by the trained policy, to check what was saved
+WARNINGS_FILE = "warnings.log"  # a line each, which the stage tells
 PREEMPTED_FILE = "preempted.json"  # the run was told to stop, and saved itself
 BAD_BATCH_FILE = "bad-batch-step{step}-rank{rank}.parquet"  # the batch of a loss that is not finite
 

@@ -6,6 +6,7 @@ dies (parent-death signal), SIGKILL included.
 """
 
 import json
+import logging
 import os
 import re
 import signal
@@ -21,8 +22,15 @@ import torch
 from fpo_core.errors import FPOError, Preempted
 from fpo_core.processes import end_with_parent
 from fpo_core.training.checkpoint import is_complete
-from fpo_core.training.job import ERROR_FILE, METRICS_FILE, PREEMPTED_FILE, TrainingJob
+from fpo_core.training.job import (
+    ERROR_FILE,
+    METRICS_FILE,
+    PREEMPTED_FILE,
+    WARNINGS_FILE,
+    TrainingJob,
+)
 
+log = logging.getLogger("fpo.stage")
 JOB_FILE, LOG_FILE = "job.json", "workers.log"
 POLL_SECONDS = 0.2
 # For the workers to end their step and save; Prefect kills a cancelled run after 30 seconds.
@@ -60,7 +68,7 @@ def run_workers(
         )
     job.output.mkdir(parents=True, exist_ok=True)
     job.checkpoints.mkdir(parents=True, exist_ok=True)
-    for name in (ERROR_FILE.format(rank="*"), METRICS_FILE, PREEMPTED_FILE):
+    for name in (ERROR_FILE.format(rank="*"), METRICS_FILE, WARNINGS_FILE, PREEMPTED_FILE):
         for file in job.output.glob(name):
             file.unlink()
     job.save(job.output / JOB_FILE)
@@ -69,24 +77,34 @@ def run_workers(
         f"--nproc_per_node={ranks}", "-m", "fpo_core.training.worker",
         str(job.output / JOB_FILE),
     ]  # fmt: skip
-    with (job.output / LOG_FILE).open("wb") as log:
+    with (job.output / LOG_FILE).open("wb") as said:
         process = subprocess.Popen(  # noqa: S603 - our own command, no shell
-            command, stdout=log, stderr=subprocess.STDOUT, env=_environment(job),
+            command, stdout=said, stderr=subprocess.STDOUT, env=_environment(job),
             preexec_fn=end_with_parent(),
         )  # fmt: skip
         seen: set[Path] = set()
+        metrics, warnings = (_Tail(job.output / name) for name in (METRICS_FILE, WARNINGS_FILE))
         try:
-            for record in _follow(process, job.output / METRICS_FILE):
-                if record is not None:
-                    on_step(record)
+            running = True
+            while running:
+                running = process.poll() is None
+                for line in metrics.new_lines():
+                    on_step(json.loads(line))
+                for line in warnings.new_lines():
+                    log.warning("train: %s", line)
                 _tell_of_checkpoints(job.checkpoints, seen, on_checkpoint)
+                if running:
+                    time.sleep(POLL_SECONDS)
         finally:
             _end(process)
             _tell_of_checkpoints(job.checkpoints, seen, on_checkpoint)
     preempted = job.output / PREEMPTED_FILE
     if preempted.is_file():
         step = json.loads(preempted.read_text())["step"]
-        raise Preempted(f"training was told to stop; it is saved after step {step}")
+        raise Preempted(
+            f"training was told to stop, after step {step}; the same command goes on from its last "
+            f"checkpoint"
+        )
     if process.returncode != 0:
         raise _failure(job.output, process.returncode)
 
@@ -112,22 +130,27 @@ def _environment(job: TrainingJob) -> dict[str, str]:
     return env
 
 
-def _follow(process: subprocess.Popen[bytes], metrics: Path) -> Iterator[dict[str, Any] | None]:
-    """The records as they are written, and None at least once a poll."""
-    position, running = 0, True
-    while running:
-        running = process.poll() is None
-        if metrics.is_file():
-            with metrics.open("rb") as stream:
-                stream.seek(position)
-                for line in stream:
-                    if not line.endswith(b"\n"):
-                        break
-                    position += len(line)
-                    yield json.loads(line)
-        yield None
-        if running:
-            time.sleep(POLL_SECONDS)
+class _Tail:
+    """The whole lines that are added to a file, which may not be there yet.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._position = path, 0
+
+    def new_lines(self) -> Iterator[str]:
+        """The lines since the last call."""
+        if not self._path.is_file():
+            return
+        with self._path.open("rb") as stream:
+            stream.seek(self._position)
+            for line in stream:
+                if not line.endswith(b"\n"):
+                    return
+                self._position += len(line)
+                yield line.decode().rstrip("\n")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fpo_core.data.batches import PairBatch
 from fpo_core.errors import FPOError
+from fpo_core.features.discrepancy import CachedFeatures
 from fpo_core.recipe.schema import TrainSettings
 from fpo_core.training.cached import CachedBatch
 from fpo_core.training.loss import BatchLoss
@@ -36,11 +37,13 @@ def discrepancy_tolerance(dtype: str, lengths: Tensor) -> Tensor:
     return floor + share / lengths.double()
 
 
-class StartReport(NamedTuple):
-    """What was measured on the first batch."""
+class _Measured(NamedTuple):
+    """One cache's disagreement with the policy, response by response."""
 
-    logp_drift: float  # largest |A_policy - A_reference|, nats a token
-    discrepancy: float  # largest D / mean square of the reference's top features
+    label: str
+    said: str  # with a place for the number
+    values: Tensor  # [R]
+    explained: Tensor  # [R]
 
 
 def check_start(
@@ -50,7 +53,7 @@ def check_start(
     labels: Sequence[str],
     settings: TrainSettings,
     dtype: str,
-) -> StartReport:
+) -> None:
     """Compare the untrained policy with the caches.
 
     Args:
@@ -64,29 +67,15 @@ def check_start(
     Raises:
         FPOError: naming the cache that disagrees, by how much, and what to do.
     """
-    lengths, faults = batch.lengths, []
-    drift = ((loss.policy_logps - cached.logps).abs() / lengths).double()
-    explained = logp_tolerance(dtype, lengths)
-    worst = _worst(drift, explained)
-    if worst is not None:
-        faults.append(
-            f"`reference`: the cached log-probs differ from the policy's by "
-            f"{float(drift[worst]):.3g} nats a token (pair {batch.pair_ids[worst // 2]}; {dtype} "
-            f"explains {float(explained[worst]):.2g})"
-        )
-    explained = discrepancy_tolerance(dtype, lengths)
-    largest = 0.0
-    for label, discrepancy, scale in _discrepancies(loss, cached, batch, labels, settings):
-        relative = (discrepancy / scale.clamp_min(1e-12)).double()
-        largest = max(largest, float(relative.max()))
-        worst = _worst(relative, explained)
-        if worst is not None:
+    faults = []
+    for label, said, values, explained in _measured(loss, cached, batch, labels, settings, dtype):
+        beyond = (values / explained).nan_to_num(nan=torch.inf)
+        worst = int(torch.argmax(beyond))
+        if not float(beyond[worst]) <= 1:
             faults.append(
-                f"`{label}`: the discrepancy is {float(relative[worst]):.3g} of the features' own "
-                f"size (pair {batch.pair_ids[worst // 2]}; {dtype} explains "
-                f"{float(explained[worst]):.2g})"
+                f"`{label}`: {said.format(float(values[worst]))} (pair "
+                f"{batch.pair_ids[worst // 2]}; {dtype} explains {float(explained[worst]):.2g})"
             )
-    report = StartReport(float(drift.max()), largest)
     if faults:
         raise FPOError(
             "before the first step the policy is the reference, but the caches disagree with it: "
@@ -94,7 +83,24 @@ def check_start(
             + ". They were made with another model, tokenizer, SAE or dtype; recompute them with "
             "`fpo run RECIPE --from reference --force`"
         )
-    return report
+
+
+def _measured(
+    loss: BatchLoss,
+    cached: CachedBatch,
+    batch: PairBatch,
+    labels: Sequence[str],
+    settings: TrainSettings,
+    dtype: str,
+) -> Iterator[_Measured]:
+    drift = ((loss.policy_logps - cached.logps).abs() / batch.lengths).double()
+    said = "the cached log-probs differ from the policy's by {:.3g} nats a token"
+    yield _Measured("reference", said, drift, logp_tolerance(dtype, batch.lengths))
+    said = "the discrepancy is {:.3g} of the features' own size"
+    explained = discrepancy_tolerance(dtype, batch.lengths)
+    for label, discrepancy, scale in _discrepancies(loss, cached, batch, labels, settings):
+        relative = (discrepancy / scale.clamp_min(1e-12)).double()
+        yield _Measured(label, said, relative, explained)
 
 
 def _discrepancies(
@@ -105,25 +111,17 @@ def _discrepancies(
     settings: TrainSettings,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Label, D [R] and the mean square [R] of the reference's top features, a cache each."""
-    if not labels:
-        return
-    k = settings.k
-    pooled = [features.top.values[:, :k].square().sum(1) / k for features in cached.pooled]
+
+    def mean_square(features: CachedFeatures) -> Tensor:
+        return features.top.values[:, : settings.k].square().sum(1) / settings.k
+
     if settings.pooled:
-        yield from zip(labels, loss.sae_discrepancies, pooled, strict=True)
+        scales = [mean_square(features) for features in cached.pooled]
     else:
-        for label, found, features in zip(
-            labels, loss.sae_discrepancies, cached.tokens, strict=True
-        ):
-            squares = features.top.values[:, :k].square().sum(1) / k
-            means = [tokens.mean() for tokens in squares.split(batch.lengths.tolist())]
-            yield label, found, torch.stack(means)
+        lengths = batch.lengths.tolist()
+        tokens = [mean_square(features).split(lengths) for features in cached.tokens]
+        scales = [torch.stack([part.mean() for part in parts]) for parts in tokens]
+    yield from zip(labels, loss.sae_discrepancies, scales, strict=True)
     if settings.groups:
-        yield f"{labels[0]}, train.groups", loss.groups.max(1).values, pooled[0]
-
-
-def _worst(values: Tensor, allowed: Tensor) -> int | None:
-    """The response that goes furthest beyond what is allowed; None where none does."""
-    beyond = (values / allowed).nan_to_num(nan=torch.inf)
-    worst = int(torch.argmax(beyond))
-    return worst if not float(beyond[worst]) <= 1 else None
+        label = f"{labels[0]}, train.groups"
+        yield label, loss.groups.max(1).values, mean_square(cached.pooled[0])

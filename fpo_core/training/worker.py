@@ -7,6 +7,7 @@ its size, whatever the ranks and micro-batches.
 
 import itertools
 import json
+import logging
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fpo_core.data.batches import batches_by_length, collate
 from fpo_core.errors import FPOError
@@ -57,10 +59,13 @@ from fpo_core.training.job import (
     MODEL_FOLDER,
     PREEMPTED_FILE,
     RANK_LOG,
+    WARNINGS_FILE,
     TrainingJob,
 )
 from fpo_core.training.loss import BatchLoss, PairLoss, metric_sums
 from fpo_core.training.start_gate import check_start
+
+MOST_UNSAVED = 2  # checkpoints in a row
 
 
 class Trainer:
@@ -80,7 +85,7 @@ class Trainer:
         self.engine = self._engine()
         self.grad_norm: float | None = None
         self.done = self._resumed()
-        self.saved_at = time.monotonic()
+        self.saved_at, self.unsaved = time.monotonic(), 0
         self.asked_to_stop = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
@@ -175,15 +180,35 @@ class Trainer:
         torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
         due, stop = (bool(wish) for wish in agreed.tolist())
         if due or stop:
-            save_checkpoint(
-                self.engine, self.job.checkpoints / folder_name(step),
-                Checkpoint(step, self.world, self.job.version), self.rank,
-                self.job.output / METRICS_FILE,
-            )  # fmt: skip
+            self._save_checkpoint(step)
             self.saved_at = time.monotonic()
         if stop and self.rank == 0:
             (self.job.output / PREEMPTED_FILE).write_text(json.dumps({"step": step}))
         return stop
+
+    def _save_checkpoint(self, step: int) -> None:
+        """Write this rank's part; a disk that cannot take it is said, and training goes on.
+
+        Raises:
+            FPOError: it was so twice in a row.
+        """
+        folder = self.job.checkpoints / folder_name(step)
+        meta = Checkpoint(step, self.world, self.job.version)
+        try:
+            save_checkpoint(self.engine, folder, meta, self.rank, self.job.output / METRICS_FILE)
+        except (OSError, SafetensorError) as error:
+            self.unsaved += 1
+            told = f"rank {self.rank} could not write checkpoint {folder.name}: {error}"
+            if self.unsaved >= MOST_UNSAVED:
+                raise FPOError(
+                    f"{told}, after the one before. Make room where the store keeps "
+                    f"its work in progress, and run the same command again: it goes on from the "
+                    f"last checkpoint"
+                ) from error
+            with (self.job.output / WARNINGS_FILE).open("a") as warnings:
+                warnings.write(told + "\n")
+        else:
+            self.unsaved = 0
 
     def _step(self, step: int, batch: list[Example]) -> dict[str, float]:
         # By length, so that every rank has as much to do.
@@ -275,6 +300,8 @@ def main() -> None:
     with (job.output / RANK_LOG.format(rank=rank)).open("ab") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("fpo").setLevel(logging.INFO)
     prepare_cpu(job.threads)
     try:
         trainer = Trainer(job)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fpo_core.data.batches import PairIds
-from tests.fpo_core.caches import make_caches
+from tests.fpo_core.workers import make_caches
 from tests.tiny import save_sae
 
 

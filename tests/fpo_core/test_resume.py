@@ -14,8 +14,7 @@ from fpo_core.recipe.schema import TrainSettings
 from fpo_core.training.checkpoint import is_complete
 from fpo_core.training.engine import lr_factor
 from fpo_core.training.launch import run_workers
-from tests.fpo_core.caches import job, train
-from tests.fpo_core.test_training import worker_processes
+from tests.fpo_core.workers import job, train, worker_processes
 
 SAVING = {"checkpoint_minutes": 0.0}
 
@@ -95,6 +94,24 @@ def test_a_stopped_run_saves_its_step_and_goes_on_with_other_ranks(caches, tmp_p
     assert [record["step"] for record in records] == list(range(1, 121))
     for name, value in weights.items():
         assert (value - resumed[name]).abs().max() < 3e-6, name
+
+
+def test_a_full_disk_is_said_once_and_ends_training_the_second_time(
+    caches, tmp_path, small_disk, caplog
+):  # fmt: skip
+    """2 MB hold a few checkpoints; the last of them is whole, and a run goes on from it."""
+    spec = job(caches, tmp_path / "out", epochs=20)
+    full = spec.model_copy(update={**SAVING, "checkpoints": small_disk / "checkpoints"})
+    with pytest.raises(FPOError, match=r"rank 0 could not write checkpoint (step-\d+): .*go"):
+        run(full, 1)
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 1
+    assert "train: rank 0 could not write checkpoint step-" in said[0]
+    assert not list(small_disk.rglob("*.partial"))
+    checkpoint = newest(full)
+    again = spec.model_copy(update={"resume": checkpoint, "output": tmp_path / "again"})
+    records, _ = run(again, 1)
+    assert [record["step"] for record in records] == list(range(1, 41))
 
 
 def test_checkpoints_that_do_not_fit_are_refused(caches, tmp_path):

@@ -22,7 +22,15 @@ from fpo_core.models.load import load_model
 from fpo_core.training.examples import FeatureShards, epoch_batches, read_examples
 from fpo_core.training.job import TrainingJob
 from fpo_core.training.launch import run_workers
-from tests.fpo_core.caches import LAST, PINNED, job, sae, train, write_caches
+from tests.fpo_core.workers import (
+    LAST,
+    PINNED,
+    job,
+    sae,
+    train,
+    worker_processes,
+    write_caches,
+)
 from tests.tiny import save_model, save_sae
 
 
@@ -296,19 +304,6 @@ def test_a_worker_killed_for_memory_is_said_as_such(caches, tmp_path):
 
 def workers_of(folder: Path) -> list[str]:
     return [line for _, line in worker_processes(folder)]
-
-
-def worker_processes(folder: Path) -> list[tuple[int, str]]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-            if str(folder) in line and "fpo_core.training.worker" in line:
-                found.append((int(entry.name), line))
-    return found
 
 
 def wait_for(condition, seconds):

@@ -1,7 +1,5 @@
 """Every test that asks for ``place``, ``backend`` or ``store`` runs on a folder and on S3."""
 
-import os
-import subprocess
 import uuid
 
 import pytest
@@ -43,15 +41,3 @@ def store(place):
 def backend(store):
     """The store's backend."""
     return store.backend
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 2 MB, mounted for the test. Takes root, as CI has it."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk takes root")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=True)
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)

@@ -1,8 +1,11 @@
 """Saved work of an artifact in the making: whole or not there, newest first, gone at the end."""
 
+from typing import Any
+
 import pytest
 
 from storage.checkpoints import SAVED_FILE
+from storage.errors import StoreError
 from storage.manifest import Made
 
 
@@ -28,7 +31,7 @@ def test_the_newest_comes_back_and_the_older_ones_go(writer, tmp_path, store):
     assert writer.checkpoints().newest() is None
     for number in (1, 2, 10):
         files = save(writer, tmp_path, f"step-{number:04d}", f"state {number}")
-        assert not any(path.exists() for path in files)  # moved into the store
+        assert not any(path.exists() for path in files)
     assert store.state("policy", "0" * 16) == "partial"
     saved = writer.checkpoints().newest()
     assert saved.name == "step-0010"
@@ -51,6 +54,25 @@ def test_one_that_was_cut_short_or_damaged_is_passed_over(writer, tmp_path, stor
     store.backend.put(f"{key}/step-0001/{SAVED_FILE}", b"{}")
     store.backend.delete([f"{key}/step-0002/{SAVED_FILE}"])
     assert writer.checkpoints().newest() is None
+
+
+def test_one_that_the_store_cannot_take_stays_where_it_is(writer, tmp_path, store, monkeypatch):
+    """The second file fails: the first has arrived, and is still here too for another try."""
+    taken = store.backend.put_file
+
+    def put_file(key: str, *more: Any, **settings: Any):
+        if "b.bin" in key:
+            raise StoreError("away")
+        return taken(key, *more, **settings)
+
+    monkeypatch.setattr(store.backend, "put_file", put_file)
+    with pytest.raises(StoreError, match="away"):
+        save(writer, tmp_path, "step-0001")
+    assert writer.checkpoints().newest() is None
+    assert sorted(path.name for path in (tmp_path / "step-0001").iterdir()) == ["a.bin", "b.bin"]
+    monkeypatch.undo()
+    save(writer, tmp_path, "step-0001")
+    assert writer.checkpoints().newest().name == "step-0001"
 
 
 def test_they_go_when_the_artifact_is_whole(writer, tmp_path, store):

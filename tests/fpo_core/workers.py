@@ -1,5 +1,6 @@
 """Caches of eight pairs made by the real offline pass, and training on them in real workers."""
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -85,3 +86,17 @@ def train(root, output, ranks=1, saes=(), **settings):
     records = []
     run_workers(job(root, output, saes, **settings), ranks, records.append)
     return records, load_file(output / "model" / "model.safetensors")
+
+
+def worker_processes(folder: Path) -> list[tuple[int, str]]:
+    """Process ids and command lines of launcher and ranks that work below a folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if str(folder) in line and "fpo_core.training.worker" in line:
+                found.append((int(entry.name), line))
+    return found
