@@ -97,6 +97,7 @@ def test_an_sae_that_changes_during_a_run_is_noticed(fpo, finished_run, tmp_path
 
 
 GROUP = {"name": "far", "features": [3, D_SAE]}
+AFTER_NORM = {"site": "final_norm"}
 REFUSED = {
     "a feature that the SAE does not have": (
         {"train": {"groups": [GROUP]}},
@@ -126,6 +127,10 @@ REFUSED = {
     ),
     "two SAEs at one place": (
         {"sae": {"also": [{"source": "x", "layer": 1}]}}, "two SAEs at one place: layer 1",
+    ),
+    "two SAEs after the final norm": (
+        {"sae": {"site": "final_norm", "also": [{"source": "x", "layer": 2, **AFTER_NORM}]}},
+        "two SAEs at one place",
     ),
     "alpha without a constraint": (
         {"train": {"method": "simpo", "alpha": 1.0}}, "simpo has none to weigh",

@@ -265,6 +265,18 @@ def test_index_that_is_not_stored_reads_as_zero_and_is_counted():
     assert whole.missing.tolist() == [0]  # cutoff 0: all is stored, 0 is the true value
 
 
+def test_a_pinned_value_answers_for_an_index_that_is_not_stored():
+    coder = SparseCoder(
+        torch.eye(3), torch.zeros(3), torch.zeros(3), torch.eye(3), torch.zeros(3), False, ""
+    )
+    policy = Responses(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([0]), torch.tensor([1]))
+    stored = TopFeatures(torch.tensor([[0]]), torch.tensor([[2.0]]))
+    pinned = TopFeatures(torch.tensor([[1, 2]]), torch.tensor([[0.5, 0.0]]))
+    got = feature_discrepancy(coder, policy, CachedFeatures(stored, torch.tensor([0.7]), pinned), 2)
+    assert got.values.tolist() == [((3 - 2) ** 2 + (1 - 0.5) ** 2) / 2]
+    assert got.missing.tolist() == [0]
+
+
 def test_top_features_breaks_ties_by_lower_index_and_skips_zeros():
     top = top_features(torch.tensor([[0.0, 2.0, 1.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.5]]), 3)
     assert top.indices.tolist() == [[1, 3, 2], [4, -1, -1]]

@@ -51,10 +51,23 @@ def test_scores_equal_the_plain_computation(examples, sae):
             logp, _ = plain(make_model(seed=5), example.ids.prompt, response)
             assert found.policy_logps[row, side] == pytest.approx(logp, abs=2e-4)
             assert found.tokens[row, side] == len(response)
+            for seed, entropy in ((5, found.policy_entropy), (0, found.reference_entropy)):
+                want = plain_entropy(seed, example.ids.prompt, response)
+                assert entropy[row, side] == pytest.approx(want, rel=1e-4)
             kl = plain_kl(example.ids.prompt, response)
             assert found.kl[row, side] == pytest.approx(kl, rel=1e-3)
     assert found.policy_means.shape == (2, D_SAE)
     assert (found.discrepancy > 0).all()
+
+
+def plain_entropy(seed, prompt, response) -> float:
+    """Summed over scored positions, from full logits in float64."""
+    with torch.no_grad():
+        logits = (
+            make_model(seed=seed).double()(input_ids=torch.tensor([[*prompt, *response]])).logits
+        )
+    scored = torch.distributions.Categorical(logits=logits[0, len(prompt) - 1 : -1])
+    return float(scored.entropy().sum())
 
 
 def plain_kl(prompt, response) -> float:

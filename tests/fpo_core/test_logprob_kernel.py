@@ -51,13 +51,22 @@ def without_the_heads_gradient(hidden, weight, targets):
     return naive(hidden, 0 * weight + weight.detach(), targets)
 
 
+def that_fails(hidden, weight, targets):
+    raise RuntimeError("no compiler")
+
+
 def plain(hidden, weight, targets):
     return selected_logps(hidden, Head(weight, CAP), targets, 16)
 
 
 @pytest.mark.parametrize(
     ("candidate", "expected"),
-    [(naive, True), (without_softcap, False), (without_the_heads_gradient, False)],
+    [
+        (naive, True),
+        (without_softcap, False),
+        (without_the_heads_gradient, False),
+        (that_fails, False),
+    ],
 )
 def test_a_kernel_that_differs_is_not_used_and_said(candidate, expected, monkeypatch, caplog):
     """Compared as in a run: bfloat16 inputs, logits up to where the soft-cap bends them."""

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fpo_core.data.batches import PairIds
@@ -22,6 +22,7 @@ from fpo_core.models.load import load_model
 from fpo_core.training.examples import FeatureShards, epoch_batches, read_examples
 from fpo_core.training.job import TrainingJob
 from fpo_core.training.launch import run_workers
+from fpo_core.training.saved import check_saved
 from tests.fpo_core.workers import (
     LAST,
     PINNED,
@@ -121,6 +122,17 @@ def test_saved_policy_is_an_ordinary_model_and_moved(caches, tmp_path):
     # float32 masters: even the paper's learning rate moves most parameters.
     name = "model.layers.0.mlp.up_proj.weight"
     assert (weights[name] != before[name]).float().mean() > 0.9
+
+
+def test_a_policy_that_was_not_saved_rightly_is_noticed(caches, tmp_path):
+    train(caches, tmp_path)
+    check_saved(tmp_path, "sdpa")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.2.mlp.down_proj.weight"
+    save_file({**weights, name: 1.01 * weights[name]}, file, metadata={"format": "pt"})
+    with pytest.raises(FPOError, match=r"pair p\d the log-prob -.*, the trained one -.* not saved"):
+        check_saved(tmp_path, "sdpa")
 
 
 def test_ranks_and_micro_batches_give_the_same_policy(caches, tmp_path):

@@ -10,7 +10,7 @@ from fpo_core.errors import FPOError, UsageError
 from fpo_core.recipe import load_recipe
 from storage.location import open_store
 from tasks.plan import STAGES, Plan, make_plan, selected_stages
-from tests.tiny import save_recipe
+from tests.tiny import save_recipe, save_sae
 
 LATER = {stage: {s for s in STAGES if STAGES.index(s) >= STAGES.index(stage)} for stage in STAGES}
 
@@ -138,3 +138,27 @@ def test_selection(recipe, store):
         selected_stages(plan, None, "reference")
     with pytest.raises(UsageError, match=r"'sae' \(this recipe's SAE is a stored one\)"):
         selected_stages(plan, None, "sae")
+
+
+def test_selection_with_further_saes(recipe, store, tmp_path):
+    """What a stage needs is found by version: the first SAE's artifact is no other's business."""
+    also = {"source": str(save_sae(tmp_path / "second", layer=2)), "layer": 2}
+    trained = {"text": [{"path": str(recipe.parent / "train.jsonl"), "kind": "preference"}],
+               "d_sae": 96, "k": 4, "steps": 10, "lr": 1e-3}  # fmt: skip
+    overrides = {"sae.source": None, "sae.train": trained, "sae.also": [also]}
+    plan = make_plan(load_recipe(str(recipe), overrides), store)
+    assert list(plan.stages) == [
+        "sae", "tokenize", "reference", "features", "features@2", "train", "evaluate",
+    ]  # fmt: skip
+
+    def complete(*but: str) -> Plan:
+        stages = plan.stages.items()
+        return Plan({n: s if n in but else s._replace(state="complete") for n, s in stages}, ())
+
+    assert selected_stages(complete("sae"), None, "features@2") == ["features@2"]
+    for stage in ("features", "train", "evaluate"):
+        with pytest.raises(FPOError, match="needs sae/.*, which stage 'sae' has not made"):
+            selected_stages(complete("sae"), None, stage)
+    with pytest.raises(FPOError, match="needs features/.*, which stage 'features@2' has not made"):
+        selected_stages(complete("features@2"), None, "train")
+    assert selected_stages(complete("features@2"), None, "evaluate") == ["evaluate"]

@@ -1,0 +1,73 @@
+"""The keeper of training's checkpoints, on a store that fails for a while."""
+
+import json
+
+import pytest
+
+from fpo_core.errors import FPOError
+from fpo_core.training.checkpoint import folder_name
+from storage.errors import StoreError
+from storage.location import open_store
+from tasks.checkpoints import CheckpointKeeper
+
+VERSION = "0" * 16
+
+
+@pytest.fixture
+def store(tmp_path):
+    return open_store(tmp_path / "store")
+
+
+def written(keeper, step):
+    """A checkpoint of one rank, as a worker leaves it."""
+    folder = keeper.local / folder_name(step)
+    folder.mkdir(parents=True)
+    (folder / "state-00000-of-00001.safetensors").write_text(f"state {step}")
+    (folder / "metrics.jsonl").write_text("{}")
+    meta = {"step": step, "ranks": 1, "version": VERSION}
+    (folder / "checkpoint.json").write_text(json.dumps(meta))
+    return folder
+
+
+def break_store(store, monkeypatch, error):
+    def put_file(*_: object, **__: object):
+        raise error
+
+    monkeypatch.setattr(store.backend, "put_file", put_file)
+
+
+def test_the_newest_are_kept_and_the_local_ones_go(store):
+    with store.hold("policy", VERSION, None) as hold:
+        writer = store.writer("policy", VERSION, hold)
+        with CheckpointKeeper(writer, 2) as keeper:
+            for step in (1, 2, 3):
+                keeper.keep(written(keeper, step))
+        assert writer.checkpoints().names() == [folder_name(2), folder_name(3)]
+        assert list(keeper.local.iterdir()) == []
+        assert keeper.newest().name == folder_name(3)
+
+
+def test_one_that_is_lost_is_said_and_two_in_a_row_end_training(store, monkeypatch, caplog):
+    with store.hold("policy", VERSION, None) as hold:
+        writer = store.writer("policy", VERSION, hold)
+        with CheckpointKeeper(writer, 2) as keeper, monkeypatch.context() as away:
+            break_store(store, away, StoreError("the store is away"))
+            keeper.keep(written(keeper, 1))
+            keeper.keep(written(keeper, 2))
+            keeper._thread.submit(int).result()  # what was before it is done
+            with pytest.raises(FPOError, match="2 checkpoints in a row could not be stored"):
+                keeper.keep(written(keeper, 3))
+        assert caplog.text.count("could not be stored: the store is away") == 2
+        # All are still here: the next run stores them, and goes on from the newest.
+        saved = CheckpointKeeper(writer, 2).newest()
+        assert saved.name == folder_name(3)
+        state = saved.folder / "state-00000-of-00001.safetensors"
+        assert state.read_text() == "state 3"
+
+
+def test_what_is_no_fault_of_the_store_ends_training_as_itself(store, monkeypatch):
+    with store.hold("policy", VERSION, None) as hold:
+        keeper = CheckpointKeeper(store.writer("policy", VERSION, hold), 2)
+        break_store(store, monkeypatch, ZeroDivisionError("ours"))
+        with pytest.raises(ZeroDivisionError, match="ours"), keeper:
+            keeper.keep(written(keeper, 1))
