@@ -134,6 +134,24 @@ def test_stopping_early_gives_the_same_activations():
     assert torch.equal(full, early)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_hookpoints_are_transformers_own_tensors(kind):
+    """``hidden_states`` of transformers: after block l at l + 1, the last one after the norm."""
+    model = make_model(kind)
+    places = [Hookpoint(0), Hookpoint(1), Hookpoint(2, "final_norm"), Hookpoint(2)]
+    batch = collate([PairIds("x", [0, 5, 9], [7, 8, 1], [7, 8, 1])])
+    ids = torch.tensor([[0, 5, 9, 7, 8, 1]])
+    with torch.no_grad():
+        found = forward_pairs(model, batch, places).activations
+        stopped = scored_activations(model, batch, places)
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+        after_norm = model.model.norm(found[3][:3])
+    for value, early, state in zip(found[:3], stopped[:3], (1, 2, 3), strict=True):
+        torch.testing.assert_close(value[:3], states[state][0, 2:5], rtol=1e-5, atol=1e-5)
+        assert torch.equal(value, early)
+    torch.testing.assert_close(found[2][:3], after_norm)
+
+
 def test_activation_checkpointing_keeps_values_and_gradients():
     model = make_model().train()
     batch = collate(PAIRS)
