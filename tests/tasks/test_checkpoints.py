@@ -59,6 +59,7 @@ def test_one_that_is_lost_is_said_and_two_in_a_row_end_training(store, monkeypat
                 keeper.keep(written(keeper, 3))
         assert caplog.text.count("could not be stored: the store is away") == 2
         # All are still here: the next run stores them, and goes on from the newest.
+        assert sorted(p.name for p in keeper.local.iterdir()) == [folder_name(n) for n in (1, 2, 3)]
         saved = CheckpointKeeper(writer, 2).newest()
         assert saved.name == folder_name(3)
         state = saved.folder / "state-00000-of-00001.safetensors"
