@@ -54,7 +54,7 @@ class CheckpointKeeper:
         return self._checkpoints.newest()
 
     def keep(self, folder: Path) -> None:
-        """Store a complete checkpoint, in the background.
+        """Store a complete checkpoint, in the background; one that still waits is passed over.
 
         Raises:
             FPOError: two in a row could not be stored.
@@ -66,6 +66,8 @@ class CheckpointKeeper:
                 f"see the warnings above. They are kept on this machine: with the store in order, "
                 f"the same command goes on from there"
             )
+        for older in self._waiting:
+            older.cancel()  # has not begun: this one is newer, and takes its place
         self._waiting.append(self._thread.submit(self._try_to_store, folder))
 
     def _try_to_store(self, folder: Path) -> None:
@@ -88,4 +90,5 @@ class CheckpointKeeper:
         done = [future for future in self._waiting if future.done()]
         self._waiting = [future for future in self._waiting if not future.done()]
         for future in done:
-            future.result()
+            if not future.cancelled():
+                future.result()

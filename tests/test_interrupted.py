@@ -87,7 +87,7 @@ def store_up_to(whole: Whole, artifact: str, target: Path) -> Path:
 def begun(store: Path, artifact: str) -> Callable[[], bool]:
     """Tells when the stage that makes the artifact is at work."""
     patterns = {
-        "policy": "artifacts/policy/*/checkpoints/step-00000002/saved.json",
+        "policy": "artifacts/policy/*/checkpoints/step-*/saved.json",
         "evaluation": "refs/tiny/policy.json",
     }
     pattern = patterns.get(artifact, f"artifacts/{artifact}/*/parts/00002.json")

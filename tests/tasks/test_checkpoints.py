@@ -1,6 +1,8 @@
 """The keeper of training's checkpoints, on a store that fails for a while."""
 
 import json
+import threading
+from typing import Any
 
 import pytest
 
@@ -29,6 +31,11 @@ def written(keeper, step):
     return folder
 
 
+def settle(keeper):
+    """Wait until what was begun is done."""
+    keeper._thread.submit(int).result()
+
+
 def break_store(store, monkeypatch, error):
     def put_file(*_: object, **__: object):
         raise error
@@ -42,6 +49,7 @@ def test_the_newest_are_kept_and_the_local_ones_go(store):
         with CheckpointKeeper(writer, 2) as keeper:
             for step in (1, 2, 3):
                 keeper.keep(written(keeper, step))
+                settle(keeper)
         assert writer.checkpoints().names() == [folder_name(2), folder_name(3)]
         assert list(keeper.local.iterdir()) == []
         assert keeper.newest().name == folder_name(3)
@@ -52,9 +60,9 @@ def test_one_that_is_lost_is_said_and_two_in_a_row_end_training(store, monkeypat
         writer = store.writer("policy", VERSION, hold)
         with CheckpointKeeper(writer, 2) as keeper, monkeypatch.context() as away:
             break_store(store, away, StoreError("the store is away"))
-            keeper.keep(written(keeper, 1))
-            keeper.keep(written(keeper, 2))
-            keeper._thread.submit(int).result()  # what was before it is done
+            for step in (1, 2):
+                keeper.keep(written(keeper, step))
+                settle(keeper)
             with pytest.raises(FPOError, match="2 checkpoints in a row could not be stored"):
                 keeper.keep(written(keeper, 3))
         assert caplog.text.count("could not be stored: the store is away") == 2
@@ -64,6 +72,28 @@ def test_one_that_is_lost_is_said_and_two_in_a_row_end_training(store, monkeypat
         assert saved.name == folder_name(3)
         state = saved.folder / "state-00000-of-00001.safetensors"
         assert state.read_text() == "state 3"
+
+
+def test_on_a_slow_store_the_newest_overtakes_those_that_wait(store, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    taken = store.backend.put_file
+
+    def slow(key: str, *more: Any, **settings: Any):
+        begun.set()
+        assert go_on.wait(30)
+        return taken(key, *more, **settings)
+
+    monkeypatch.setattr(store.backend, "put_file", slow)
+    with store.hold("policy", VERSION, None) as hold:
+        writer = store.writer("policy", VERSION, hold)
+        with CheckpointKeeper(writer, 5) as keeper:
+            keeper.keep(written(keeper, 1))
+            assert begun.wait(30)
+            for step in (2, 3, 4):
+                keeper.keep(written(keeper, step))
+            go_on.set()
+        assert writer.checkpoints().names() == [folder_name(1), folder_name(4)]
+        assert list(keeper.local.iterdir()) == []
 
 
 def test_what_is_no_fault_of_the_store_ends_training_as_itself(store, monkeypatch):
