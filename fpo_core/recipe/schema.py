@@ -132,8 +132,8 @@ class SaeSettings(Settings):
             raise ValueError("sae.train trains on resid_post; sae.site is for a stored SAE")
         places = [self.hookpoint, *(other.hookpoint for other in self.also)]
         # After the final norm there is one place, whatever layer the SAE is of.
-        places = [p if p.site == "resid_post" else p._replace(layer=-1) for p in places]
-        if len(set(places)) < len(places):
+        distinct = {p if p.site == "resid_post" else p.site for p in places}
+        if len(distinct) < len(places):
             raise ValueError(f"two SAEs at one place: {', '.join(map(str, sorted(places)))}")
         return self
 

@@ -130,7 +130,7 @@ REFUSED = {
     ),
     "two SAEs after the final norm": (
         {"sae": {"site": "final_norm", "also": [{"source": "x", "layer": 2, **AFTER_NORM}]}},
-        "two SAEs at one place",
+        "two SAEs at one place: layer 1 final_norm, layer 2 final_norm",
     ),
     "alpha without a constraint": (
         {"train": {"method": "simpo", "alpha": 1.0}}, "simpo has none to weigh",
