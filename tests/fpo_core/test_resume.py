@@ -88,7 +88,7 @@ def test_a_stopped_run_saves_its_step_and_goes_on_with_other_ranks(caches, tmp_p
     error = killed(cut, 2, at_step=2, how=signal.SIGTERM)
     assert isinstance(error, Preempted)
     (checkpoint,) = cut.checkpoints.glob("step-*")
-    assert f"saved after step {int(checkpoint.name[5:])}" in str(error)
+    assert f"told to stop, after step {int(checkpoint.name[5:])};" in str(error)
     again = cut.model_copy(update={"resume": checkpoint, "output": tmp_path / "again"})
     records, resumed = run(again, 1)
     assert [record["step"] for record in records] == list(range(1, 121))
