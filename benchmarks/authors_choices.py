@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from benchmarks.methods import evaluation, run
 from fpo_core.quiet import set_quiet_defaults
@@ -64,17 +63,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def padded_share(paper: PipelineRun) -> float:
     """Mean over training responses of (scored tokens / padded length of their batch)^2."""
-    from fpo_core.training.examples import epoch_batches
+    from fpo_core.training.examples import AlignedShards
+    from fpo_core.training.stream import ExampleStream
 
-    shards = local_shards(paper.artifact("tokenize"))
-    rows = [r for path in shards for r in pq.read_table(path).to_pylist() if r["split"] == "train"]
-    settings = paper.recipe.train
+    shards = AlignedShards(local_shards(paper.artifact("tokenize")), (), (), 1, "train")
     shares = []
-    for batch in epoch_batches(len(rows), settings.batch_size, 1, settings.seed):
-        lengths = [(len(rows[n]["prompt_ids"]), len(rows[n][f"{side}_ids"])) for n in batch
-                   for side in ("chosen", "rejected")]  # fmt: skip
-        longest = max(prompt + response for prompt, response in lengths)
-        shares += [(response / longest) ** 2 for _, response in lengths]
+    with ExampleStream(shards, paper.recipe.train, lambda _: None) as stream:
+        for _, batch in stream.batches():
+            lengths = [
+                (len(ids.prompt), len(response))
+                for ids in (example.ids for example in batch)
+                for response in (ids.chosen, ids.rejected)
+            ]
+            longest = max(prompt + response for prompt, response in lengths)
+            shares += [(response / longest) ** 2 for _, response in lengths]
     return float(np.mean(shares))
 
 
@@ -89,7 +91,7 @@ def discrepancy(paper: PipelineRun, policy_folder: Path) -> float:
     recipe = paper.recipe
     prepare_cpu(recipe.resources.threads)
     options = {"dtype": recipe.model.dtype, "attention": recipe.model.attention}
-    reference = load_model(paper.model_path(), **options)
+    reference = load_model(paper.reference_folder(), **options)
     sae = AttachedSae(attached_coder(paper, reference), recipe.sae.hookpoint)
     pooled = local_shards(paper.artifact("features"), "pooled")
     examples = read_examples(

@@ -14,7 +14,8 @@ from tasks.reference import reference
 from tasks.report import bring_report
 from tasks.run import Outcome, PipelineRun, prepare_run
 from tasks.sae import sae
-from tasks.tokenize import tokenize
+from tasks.sft import sft
+from tasks.tokenize import instructions, tokenize
 from tasks.train import train
 
 
@@ -52,6 +53,10 @@ def fpo_pipeline(
 
 def _bring_about(run: PipelineRun, stages: Sequence[str]) -> dict[str, Outcome]:
     outcomes: dict[str, Outcome] = {}
+    if "instructions" in stages:
+        outcomes["instructions"] = instructions(run)
+    if "sft" in stages:
+        outcomes["sft"] = sft(run)
     if "sae" in stages:
         outcomes["sae"] = sae(run)
     if "tokenize" in stages:

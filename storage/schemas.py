@@ -40,7 +40,7 @@ PAIRS = _schema(
     _PAIR_ID,
     _field("prompt_ids", _list(pa.int32()), "token ids up to the opener of the answer"),
     _field("chosen_ids", _list(pa.int32()), "token ids of the answer, end of turn included"),
-    _field("rejected_ids", _list(pa.int32()), "token ids of the answer, end of turn included"),
+    _field("rejected_ids", _list(pa.int32()), "the same; empty in `instructions`"),
     _field("split", pa.string(), "train or heldout"),
     _field("source", pa.string(), "file and line it came from"),
 )

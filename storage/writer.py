@@ -29,6 +29,7 @@ from storage.parquet import check_schema, write_parquet
 # Tables whose schema is part of the contract, by artifact and table name ("" is the only table).
 DECLARED = {
     ("pairs", ""): schemas.PAIRS,
+    ("instructions", ""): schemas.PAIRS,
     ("reference", ""): schemas.REFERENCE,
     ("features", "pooled"): schemas.FEATURES_POOLED,
     ("features", "tokens"): schemas.FEATURES_TOKENS,

@@ -46,7 +46,7 @@ def _evaluate(run: PipelineRun, writer: ArtifactWriter) -> Work:
     policy_folder = local_folder(run.artifact("train"), "model")
     options = {"dtype": run.recipe.model.dtype, "attention": run.recipe.model.attention}
     policy = load_model(policy_folder, **options)
-    reference = load_model(run.model_path(), **options)
+    reference = load_model(run.reference_folder(), **options)
     tokenizer = load_tokenizer(policy_folder)
     sae = AttachedSae(attached_coder(run, reference), run.recipe.sae.hookpoint)
     features = run.artifact("features")

@@ -64,7 +64,7 @@ def score_shards(
         return 0
     prepare_cpu(run.recipe.resources.threads)
     model = load_model(
-        run.model_path(), dtype=run.recipe.model.dtype, attention=run.recipe.model.attention
+        run.reference_folder(), dtype=run.recipe.model.dtype, attention=run.recipe.model.attention
     )
     # All of them: one that does not fit is told before the first hour, not before its own.
     coders = [attached_coder(run, model, n) for n in range(len(run.recipe.hookpoints))]

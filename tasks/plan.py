@@ -15,7 +15,7 @@ from fpo_core.errors import FPOError, UsageError
 from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe
 from fpo_core.recipe.options import objective_options
-from fpo_core.recipe.schema import TrainSettings
+from fpo_core.recipe.schema import OptimizerSettings, TrainSettings
 from fpo_core.sae.source import declared_width, identify_sae
 from storage.lineage import input_artifacts
 from storage.store import Store
@@ -23,6 +23,8 @@ from storage.version import artifact_version
 
 # Stage -> the artifact it makes, in the order of the pipeline.
 ARTIFACTS = {
+    "instructions": "instructions",
+    "sft": "sft",
     "sae": "sae",
     "tokenize": "pairs",
     "reference": "reference",
@@ -34,7 +36,8 @@ STAGES = tuple(ARTIFACTS)
 
 # Raise a stage's number when its code changes what it writes: old artifacts are not reused then.
 SCHEMA_VERSIONS = {
-    "sae": 1, "tokenize": 1, "reference": 1, "features": 2, "train": 2, "evaluate": 2,
+    "instructions": 1, "sft": 1, "sae": 1, "tokenize": 1, "reference": 1, "features": 2, "train": 2,
+    "evaluate": 2,
 }  # fmt: skip
 
 
@@ -99,13 +102,14 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
         unresolved += [f"data {s}" for s, f in zip(sources, found, strict=True) if not f.resolved]
         digests[split] = _digest([identity.value for identity in found])
     planner = _Planner(store)
-    saes = [_sae_input(recipe, planner, model.value, unresolved)]
+    reference = _warm_start(recipe, planner, model.value, unresolved)
+    saes = [_sae_input(recipe, planner, reference, unresolved)]
     saes += [_stored_sae(other.source, unresolved) for other in recipe.sae.also]
     _check_features_fit(recipe)
     planner.add("tokenize", _tokenize_part(recipe), {"model": model.value, **digests})
     inference = recipe.model.model_dump(include={"dtype", "attention"})
-    planner.add("reference", inference, {"model": model.value, "pairs": planner["tokenize"]})
-    inputs = {"model": model.value, "pairs": planner["tokenize"]}
+    inputs = {"model": reference, "pairs": planner["tokenize"]}
+    planner.add("reference", inference, inputs)
     caches = {"reference": planner["reference"]}
     for number, stage in enumerate(features_stages(recipe)):
         part = {**_features_part(recipe, number), **inference}
@@ -147,6 +151,25 @@ class _Planner:
         )
         state = self.store.state(artifact, version)
         self.stages[stage] = StagePlan(stage, artifact, version, dict(recipe), dict(inputs), state)
+
+
+def _warm_start(recipe: Recipe, planner: _Planner, model: str, unresolved: list[str]) -> str:
+    """Identity of the reference model: the recipe's own, or what the ``sft`` stage makes of it."""
+    settings = recipe.sft
+    if settings is None:
+        return model
+    found = [identify_data(source) for source in settings.data]
+    for source, identity in zip(settings.data, found, strict=True):
+        if not identity.resolved:
+            unresolved.append(f"data {source}")
+    text = settings.model_dump(include={"limit", "turns", "max_length", "max_prompt_length"})
+    text |= recipe.data.model_dump(include={"template", "shard_pairs"})
+    digest = _digest([identity.value for identity in found])
+    planner.add("instructions", text, {"model": model, "data": digest})
+    part = settings.model_dump(include=set(OptimizerSettings.model_fields))
+    part |= recipe.model.model_dump(include={"dtype", "attention"})
+    planner.add("sft", part, {"model": model, "instructions": planner["instructions"]})
+    return f"artifact:sft/{planner['sft']}"
 
 
 def _sae_input(recipe: Recipe, planner: _Planner, model: str, unresolved: list[str]) -> str:

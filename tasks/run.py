@@ -28,6 +28,7 @@ from storage.provenance import provenance
 from storage.store import Store
 from storage.writer import ArtifactWriter
 from tasks.plan import SCHEMA_VERSIONS, Plan, StagePlan, kind_of, make_plan, selected_stages
+from tasks.transfer import local_folder
 
 log = logging.getLogger("fpo.stage")
 
@@ -109,10 +110,16 @@ class PipelineRun:
         with self.store.hold(planned.artifact, planned.version, None) as hold:
             yield self._writer(stage, hold) if hold and self.missing(stage) else None
 
-    def model_path(self) -> Path:
-        """The reference model's folder, at the very commit that the versions were made with."""
+    def base_folder(self) -> Path:
+        """The recipe's model, at the very commit that the versions were made with."""
         source, revision = self.recipe.model.source, self.recipe.model.revision
         return model_folder(source, identify(source, revision).commit or revision)
+
+    def reference_folder(self) -> Path:
+        """The reference model: what the warm start made of the recipe's model, where it has one."""
+        if self.recipe.sft is None:
+            return self.base_folder()
+        return local_folder(self.artifact("sft"), "model")
 
     def bring_about(self, stage: str, compute: Callable[[ArtifactWriter], Work]) -> Outcome:
         """Make sure that a stage's artifact exists.
@@ -239,7 +246,7 @@ def prepare_run(
     settings = load_recipe(recipe, overrides)
     artifacts = recipe_store(settings, store)
     artifacts.check_writable()
-    for source in (*settings.data.train, *settings.data.heldout):
+    for source in (*settings.data.train, *settings.data.heldout, *_sft_data(settings)):
         if hub_dataset(source):
             raise FPOError(
                 f"data {source!r}: datasets are not read from the hub yet; save the split as "
@@ -256,6 +263,10 @@ def prepare_run(
         )
     stages = selected_stages(plan, first, only)
     return PipelineRun(settings, artifacts, plan, frozenset(stages if force else ())), stages
+
+
+def _sft_data(recipe: Recipe) -> tuple[str, ...]:
+    return recipe.sft.data if recipe.sft else ()
 
 
 def recipe_store(recipe: Recipe, given: str | None) -> Store:

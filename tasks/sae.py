@@ -31,7 +31,7 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
     settings, layer = run.recipe.sae.train, run.recipe.sae.layer
     assert settings is not None
     prepare_cpu(run.recipe.resources.threads)
-    folder = run.model_path()
+    folder = run.reference_folder()
     model = load_model(folder, dtype="float32", attention=run.recipe.model.attention)
     windows = token_windows(
         settings.text, load_tokenizer(folder),

@@ -1,15 +1,16 @@
-"""Stage ``tokenize``: preference data -> the ``pairs`` artifact."""
+"""Stages ``tokenize`` and ``instructions``: text -> token ids, for training and for `sft`."""
 
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
 import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from fpo_core.data.instructions import read_instructions
 from fpo_core.data.pairs import PreferencePair, read_pairs
 from fpo_core.data.tokenize import (
     REASONS,
@@ -29,38 +30,58 @@ from tasks.run import Outcome, PipelineRun, Work
 
 log = logging.getLogger("fpo.stage")
 
-SPLITS = ("train", "heldout")
 NAMED_IN_ERROR = 3
 
 
 @task(name="tokenize", task_run_name="tokenize", cache_policy=NO_CACHE)
 def tokenize(run: PipelineRun) -> Outcome:
     """Tokenize the recipe's pairs into aligned shards."""
-    return announce(run.bring_about("tokenize", lambda writer: _tokenize(run, writer)))
+    return announce(run.bring_about("tokenize", lambda writer: _pairs(run, writer)))
 
 
-def _tokenize(run: PipelineRun, writer: ArtifactWriter) -> Work:
+@task(name="instructions", task_run_name="instructions", cache_policy=NO_CACHE)
+def instructions(run: PipelineRun) -> Outcome:
+    """Tokenize the dialogues of the supervised warm start."""
+    return announce(run.bring_about("instructions", lambda writer: _instructions(run, writer)))
+
+
+def _pairs(run: PipelineRun, writer: ArtifactWriter) -> Work:
+    data = run.recipe.data
+    sources = {"train": data.train, "heldout": data.heldout}
+    splits = {
+        split: islice((pair for name in names for pair in read_pairs(name)), data.limit)
+        for split, names in sources.items()
+    }
+    return _tokenize(run, writer, splits, Limits(data.max_prompt_length, data.max_length))
+
+
+def _instructions(run: PipelineRun, writer: ArtifactWriter) -> Work:
+    sft = run.recipe.sft
+    assert sft is not None
+    every = (found for name in sft.data for found in read_instructions(name, sft.turns))
+    limits = Limits(sft.max_prompt_length, sft.max_length, "sft")
+    return _tokenize(run, writer, {"train": islice(every, sft.limit)}, limits)
+
+
+def _tokenize(
+    run: PipelineRun,
+    writer: ArtifactWriter,
+    splits: Mapping[str, Iterable[PreferencePair]],
+    limits: Limits,
+) -> Work:
+    """Write shards of token ids, split after split, and the list of what was left out."""
     settings = run.recipe.data
-    chat = ChatFormat(load_tokenizer(run.model_path()), settings.template)
-    limits = Limits(settings.max_prompt_length, settings.max_length)
+    chat = ChatFormat(load_tokenizer(run.base_folder()), settings.template)
     dropped: list[DroppedPair] = []
     counts: Counter[str] = Counter()
-    shard: list[dict] = []
-    number = tokens = 0
-    finished = writer.finished_shards()
-
-    def flush() -> None:
-        nonlocal number, shard
-        if shard and number not in finished:
-            writer.put_shard(number, {"": pa.Table.from_pylist(shard, schema=PAIRS)})
-        number += bool(shard)
-        shard = []
-
+    tokens = 0
     train_ids: set[str] = set()
-    with Progress("tokenize", total=None, unit="pair") as progress:
-        for split in SPLITS:
+
+    def rows() -> Iterator[dict]:
+        nonlocal tokens
+        for split, pairs in splits.items():
             exclude, before = frozenset(train_ids), len(dropped)
-            for pair in tokenize_pairs(_pairs(run, split), chat, limits, exclude=exclude):
+            for pair in tokenize_pairs(pairs, chat, limits, exclude=exclude):
                 progress.advance(1)
                 if isinstance(pair, DroppedPair):
                     dropped.append(pair)
@@ -69,12 +90,17 @@ def _tokenize(run: PipelineRun, writer: ArtifactWriter) -> Work:
                     train_ids.add(pair.pair_id)
                 counts[split] += 1
                 tokens += len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
-                shard.append(_row(pair, split))
-                if len(shard) == settings.shard_pairs:
-                    flush()
+                yield _row(pair, split)
             if not counts[split]:
-                raise FPOError(_nothing_left(split, dropped[before:]))
-        flush()
+                raise FPOError(_nothing_left(split, dropped[before:], limits))
+
+    with Progress(writer.stage, total=None, unit="pair") as progress:
+        finished, every = writer.finished_shards(), rows()
+        number = 0
+        while shard := list(islice(every, settings.shard_pairs)):
+            if number not in finished:
+                writer.put_shard(number, {"": pa.Table.from_pylist(shard, schema=PAIRS)})
+            number += 1
     writer.put_bytes(
         "dropped.jsonl",
         "".join(json.dumps(pair._asdict()) + "\n" for pair in dropped).encode(),
@@ -83,12 +109,6 @@ def _tokenize(run: PipelineRun, writer: ArtifactWriter) -> Work:
     if dropped:
         _tell_dropped(dropped, reasons)
     return Work({"pairs": dict(counts), "dropped": dict(reasons), "tokens": tokens}, tokens)
-
-
-def _pairs(run: PipelineRun, split: str) -> Iterator[PreferencePair]:
-    sources = run.recipe.data.train if split == "train" else run.recipe.data.heldout
-    every = (pair for source in sources for pair in read_pairs(source))
-    return islice(every, run.recipe.data.limit)
 
 
 def _row(pair: TokenizedPair, split: str) -> dict:
@@ -103,13 +123,13 @@ def _row(pair: TokenizedPair, split: str) -> dict:
     }
 
 
-def _nothing_left(split: str, dropped: list[DroppedPair]) -> str:
+def _nothing_left(split: str, dropped: list[DroppedPair], limits: Limits) -> str:
     reasons = Counter(pair.reason for pair in dropped)
     told = "; ".join(f"{count} because {REASONS[reason]}" for reason, count in reasons.items())
     first = "; ".join(f"{pair.where}: {pair.detail}" for pair in dropped[:NAMED_IN_ERROR])
     return (
         f"no pair of the {split} split is left: {told or 'the files hold none'}. First: {first}. "
-        f"Raise data.max_length or data.max_prompt_length, or mend the data"
+        f"Raise {limits.section}.max_length or {limits.section}.max_prompt_length, or mend the data"
     )
 
 

@@ -15,19 +15,21 @@ Shapes: B pairs, T padded length, R = 2B responses (2i chosen, 2i + 1 rejected),
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+Ids = Sequence[int] | np.ndarray
 PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1
 
 
 class PairIds(NamedTuple):
-    """Token ids of one pair."""
+    """Token ids of one pair; ``rejected`` is empty for an answer that is compared with none."""
 
     pair_id: str
-    prompt: Sequence[int]
-    chosen: Sequence[int]
-    rejected: Sequence[int]
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
 
     @property
     def length(self) -> int:
@@ -62,7 +64,7 @@ def collate(
     """Build a batch.
 
     Args:
-        pairs: the pairs; every response has at least one token.
+        pairs: the pairs; prompt and chosen response have at least one token.
         pad_id: id that fills rows to one length (never read).
         device: torch device of the tensors.
         padding_side: where; the numbers are the same.
@@ -72,30 +74,32 @@ def collate(
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     position_ids = torch.zeros(shape, dtype=torch.int64)
     segments = torch.full(shape, PADDING, dtype=torch.int64)
-    positions: list[int] = []
-    targets: list[int] = []
+    positions: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
     lengths: list[int] = []
     for row, pair in enumerate(pairs):
         start = width - pair.length if padding_side == "left" else 0
         last_of_prompt = row * width + start + len(pair.prompt) - 1
         parts = ((PROMPT, pair.prompt), (CHOSEN, pair.chosen), (REJECTED, pair.rejected))
-        for segment, ids in parts:
-            assert len(ids) > 0, f"pair {pair.pair_id} has an empty part"
+        for segment, part in parts:
+            ids = np.asarray(part, dtype=np.int64)
+            assert len(ids) or segment == REJECTED, f"pair {pair.pair_id} has an empty part"
             stop, position = start + len(ids), 0 if segment == PROMPT else len(pair.prompt)
-            input_ids[row, start:stop] = torch.as_tensor(ids)
+            input_ids[row, start:stop] = torch.from_numpy(ids)
             position_ids[row, start:stop] = torch.arange(position, position + len(ids))
             segments[row, start:stop] = segment
             if segment != PROMPT:
-                base = row * width
-                positions += [last_of_prompt, *range(base + start, base + stop - 1)]
-                targets += list(ids)
+                scored = np.arange(row * width + start - 1, row * width + stop - 1)
+                scored[:1] = last_of_prompt
+                positions.append(scored)
+                targets.append(ids)
                 lengths.append(len(ids))
             start = stop
     counts = torch.tensor(lengths)
     batch = PairBatch(
         tuple(pair.pair_id for pair in pairs),
         input_ids, position_ids, segments,
-        torch.tensor(positions), torch.tensor(targets, dtype=torch.int64),
+        torch.from_numpy(np.concatenate(positions)), torch.from_numpy(np.concatenate(targets)),
         torch.repeat_interleave(torch.arange(len(lengths)), counts), counts,
     )  # fmt: skip
     if device == "cpu":

@@ -31,7 +31,7 @@ class PreferencePair(NamedTuple):
 
     prompt: tuple[Message, ...]  # the turns up to the answer; the last is the user's
     chosen: str
-    rejected: str
+    rejected: str | None  # None: an answer to learn, with nothing to compare it with
     where: str  # file and line
 
     @property
@@ -77,8 +77,8 @@ def pair_of(row: Row) -> PreferencePair:
 def _parts(value: dict[str, Any]) -> tuple[list[Message], str, str]:
     chosen, rejected = value["chosen"], value["rejected"]
     if "conversations" in value:
-        prompt = [_message(turn) for turn in value["conversations"]]
-        return prompt, _message(chosen)["content"], _message(rejected)["content"]
+        prompt = [message_of(turn) for turn in value["conversations"]]
+        return prompt, message_of(chosen)["content"], message_of(rejected)["content"]
     if "prompt" not in value and "instruction" not in value:
         return _hh_dialogues(chosen, rejected)
     given = value["prompt"] if "prompt" in value else value["instruction"]
@@ -87,11 +87,12 @@ def _parts(value: dict[str, Any]) -> tuple[list[Message], str, str]:
         if value.get("system"):
             prompt.insert(0, {"role": "system", "content": value["system"]})
     else:
-        prompt = [_message(turn) for turn in given]
+        prompt = [message_of(turn) for turn in given]
     return prompt, _answer(chosen), _answer(rejected)
 
 
-def _message(turn: dict[str, str]) -> Message:
+def message_of(turn: dict[str, str]) -> Message:
+    """A turn in ``role``/``content`` or ``from``/``value`` form."""
     role = turn.get("role") or turn["from"]
     content = turn["content"] if "content" in turn else turn["value"]
     return {"role": _ROLES[role], "content": content}
@@ -100,7 +101,7 @@ def _message(turn: dict[str, str]) -> Message:
 def _answer(side: str | list[dict[str, str]] | dict[str, str]) -> str:
     if isinstance(side, str):
         return side
-    last = _message(side[-1] if isinstance(side, list) else side)
+    last = message_of(side[-1] if isinstance(side, list) else side)
     if last["role"] != "assistant":
         raise TypeError("a side does not end in an assistant's turn")
     return last["content"]

@@ -20,8 +20,8 @@ Reason = Literal[
 REASONS: dict[str, str] = {
     "identical": "chosen and rejected are the same",
     "empty": "a response has no text",
-    "prompt_too_long": "the prompt is longer than data.max_prompt_length",
-    "too_long": "prompt and response are longer than data.max_length",
+    "prompt_too_long": "the prompt is longer than max_prompt_length",
+    "too_long": "prompt and response are longer than max_length",
     "boundary": "the tokenizer merges the prompt's end with the response's start",
     "no_end": "the chat template writes no special token at the end of an answer",
     "duplicate": "the same pair occurred before",
@@ -33,7 +33,10 @@ _MARK = "\N{REPLACEMENT CHARACTER}"  # stands for the question where the templat
 
 
 class TokenizedPair(NamedTuple):
-    """A pair as token ids: the prompt with BOS and turn opener, responses with the end of turn."""
+    """A pair as token ids: the prompt with BOS and turn opener, responses with the end of turn.
+
+    ``rejected_ids`` is empty where there is nothing to compare with.
+    """
 
     pair_id: str
     prompt_ids: list[int]
@@ -56,6 +59,7 @@ class Limits(NamedTuple):
 
     max_prompt_length: int
     max_length: int
+    section: str = "data"  # of the recipe, for messages
 
 
 class ChatFormat:
@@ -161,7 +165,7 @@ def tokenize_pairs(
 def _refusal(pair: PreferencePair, seen: set[str], exclude: frozenset[str]) -> Reason | None:
     if pair.chosen == pair.rejected:
         return "identical"
-    if not pair.chosen.strip() or not pair.rejected.strip():
+    if not pair.chosen.strip() or (pair.rejected is not None and not pair.rejected.strip()):
         return "empty"
     if pair.pair_id in seen:
         return "duplicate"
@@ -189,8 +193,10 @@ def _templated(
 ) -> Iterator[TokenizedPair | DroppedPair]:
     prompts = chat.ids([chat.prompt_text(pair.prompt) for pair in pairs])
     chosen = chat.ids([chat.full_text(pair.prompt, pair.chosen) for pair in pairs])
-    rejected = chat.ids([chat.full_text(pair.prompt, pair.rejected) for pair in pairs])
-    for pair, prompt_ids, *sides in zip(pairs, prompts, chosen, rejected, strict=True):
+    compared = [(p.prompt, p.rejected) for p in pairs if p.rejected is not None]
+    rejected = iter(chat.ids([chat.full_text(prompt, answer) for prompt, answer in compared]))
+    for pair, prompt_ids, chosen_ids in zip(pairs, prompts, chosen, strict=True):
+        sides = [chosen_ids] if pair.rejected is None else [chosen_ids, next(rejected)]
         yield _cut(pair, prompt_ids, sides, chat, limits)
 
 
@@ -207,15 +213,18 @@ def _cut(
     if len(prompt_ids) > limits.max_prompt_length:
         return drop(
             "prompt_too_long",
-            f"the prompt has {len(prompt_ids)} tokens, data.max_prompt_length is "
+            f"the prompt has {len(prompt_ids)} tokens, {limits.section}.max_prompt_length is "
             f"{limits.max_prompt_length}",
         )
-    chosen, rejected = (chat.response_ids(prompt_ids, full) for full in sides)
-    if chosen is None or rejected is None:
+    responses = [chat.response_ids(prompt_ids, full) for full in sides]
+    found = [response for response in responses if response is not None]
+    if len(found) < len(responses):
         return drop("boundary", REASONS["boundary"])
-    if not chosen or not rejected:
+    if not all(found):
         return drop("no_end", REASONS["no_end"])
-    longest = len(prompt_ids) + max(len(chosen), len(rejected))
+    longest = len(prompt_ids) + max(map(len, found))
     if longest > limits.max_length:
-        return drop("too_long", f"{longest} tokens, data.max_length is {limits.max_length}")
+        given = f"{limits.section}.max_length is {limits.max_length}"
+        return drop("too_long", f"{longest} tokens, {given}")
+    chosen, rejected = found if len(found) == 2 else (found[0], [])
     return TokenizedPair(pair.pair_id, prompt_ids, chosen, rejected, pair.where)

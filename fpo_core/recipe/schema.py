@@ -175,7 +175,55 @@ class GroupSettings(Settings):
         return features
 
 
-class TrainSettings(Settings):
+class OptimizerSettings(Settings):
+    """What every training has: learning rate, batches, optimizer and its sharding."""
+
+    lr: Positive = Field(description="peak learning rate")
+    warmup_steps: int = Field(default=150, ge=0, description="steps of linear warm-up")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="learning rate after the warm-up; the others end at 0"
+    )
+    epochs: Count = 1
+    batch_size: Count = Field(
+        default=32, description="pairs (or dialogues) an optimizer step, over all ranks"
+    )
+    optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"
+    max_grad_norm: Positive = Field(default=10.0, description="gradient clipping")
+    activation_checkpointing: bool = False
+    zero_stage: Literal[0, 1, 2, 3] = Field(default=0, description="DeepSpeed ZeRO stage")
+    seed: int = Field(default=0, description="data order")
+    bucket_batches: Count = Field(
+        default=8,
+        description="batches that are drawn together and dealt by length, which saves padding; 1 "
+        "draws each at random",
+    )
+    window_shards: Count = Field(
+        default=16, description="shards that are shuffled together; two such windows are in memory"
+    )
+
+
+class SftSettings(OptimizerSettings):
+    """A supervised warm start: the model it makes is reference and starting point of the policy."""
+
+    data: tuple[str, ...] = Field(
+        min_length=1,
+        description="files or hub datasets of dialogues (`messages`, `conversations`), "
+        "instructions (instruction/input/output), prompt and completion, or preference pairs, "
+        "whose chosen side is learnt",
+    )
+    limit: Count | None = Field(default=None, description="use at most this many dialogues")
+    turns: Literal["last", "all"] = Field(
+        default="last", description="which answers of a dialogue are learnt, each as one example"
+    )
+    max_length: Count = Field(default=2048, description="longest prompt + answer, in tokens")
+    max_prompt_length: Count = Field(default=1536, description="longest prompt, in tokens")
+    lr: Positive = Field(default=2e-5, description="peak learning rate")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="cosine", description="learning rate after the warm-up"
+    )
+
+
+class TrainSettings(OptimizerSettings):
     """The preference-optimization run."""
 
     method: str = Field(default="fpo", description=f"objective: {', '.join(METHODS)}")
@@ -209,17 +257,6 @@ class TrainSettings(Settings):
         default=(), description="feature groups that the constraint also holds, with weights"
     )
     lr: Positive = Field(default=5e-7, description="peak learning rate")
-    warmup_steps: int = Field(default=150, ge=0, description="steps of linear warm-up")
-    schedule: Literal["constant", "cosine", "linear"] = Field(
-        default="constant", description="learning rate after the warm-up; the others end at 0"
-    )
-    epochs: Count = 1
-    batch_size: Count = Field(default=32, description="pairs an optimizer step, over all ranks")
-    optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"
-    max_grad_norm: Positive = Field(default=10.0, description="gradient clipping")
-    activation_checkpointing: bool = False
-    zero_stage: Literal[0, 1, 2, 3] = Field(default=0, description="DeepSpeed ZeRO stage")
-    seed: int = Field(default=0, description="data order")
 
     @field_validator("method")
     @classmethod
@@ -305,6 +342,9 @@ class Recipe(Settings):
     description: str = ""
     model: ModelSettings
     data: DataSettings
+    sft: SftSettings | None = Field(
+        default=None, description="a supervised warm start, before everything else"
+    )
     sae: SaeSettings
     features: FeatureSettings = FeatureSettings()
     train: TrainSettings = TrainSettings()

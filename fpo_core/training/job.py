@@ -41,10 +41,10 @@ class TrainingJob(BaseModel):
 
     model_folder: Path
     attention: str
-    saes: tuple[JobSae, ...]  # the first one has the groups
+    saes: tuple[JobSae, ...]  # the first one has the groups; none in a supervised warm start
     settings: TrainSettings
     pairs: tuple[Path, ...]  # aligned shards: the i-th of each holds the same pairs
-    reference: tuple[Path, ...]
+    reference: tuple[Path, ...]  # none where the pairs are answers to learn, as in `sft`
     reference_dtype: str  # dtype the caches were computed in; bounds the drift at step 0
     tokens_per_batch: int
     threads: int | None

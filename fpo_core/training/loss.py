@@ -140,9 +140,19 @@ class PairLoss:
         return group_discrepancies(self.saes[0].coder, policy, groups, reference)
 
 
-def metric_sums(loss: BatchLoss, settings: TrainSettings) -> dict[str, float]:
-    """What a step logs, summed over the pairs; margins of KL and D are rejected minus chosen."""
+def metric_sums(
+    loss: BatchLoss, settings: TrainSettings, *, compared: bool = True
+) -> dict[str, float]:
+    """What a step logs, summed over the pairs; margins of KL and D are rejected minus chosen.
+
+    Args:
+        loss: of a batch.
+        settings: the recipe's ``train`` section.
+        compared: whether the pairs have a rejected side and a cached reference; else only the loss.
+    """
     result = loss.objective
+    if not compared:
+        return {"loss": float(result.losses.sum())}
     margins = result.chosen_rewards - result.rejected_rewards
     sums = {
         "loss": result.losses,

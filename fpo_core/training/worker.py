@@ -5,7 +5,7 @@ budget, one optimizer step a global batch. Losses are summed over the global bat
 its size, whatever the ranks and micro-batches.
 """
 
-import itertools
+import functools
 import json
 import logging
 import os
@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
@@ -43,14 +44,7 @@ from fpo_core.training.engine import (
     set_schedule,
     start_distributed,
 )
-from fpo_core.training.examples import (
-    Example,
-    FeatureShards,
-    check_vocabulary,
-    epoch_batches,
-    num_steps,
-    read_examples,
-)
+from fpo_core.training.examples import AlignedShards, Example, FeatureShards, check_vocabulary
 from fpo_core.training.job import (
     BAD_BATCH_FILE,
     ERROR_FILE,
@@ -64,6 +58,7 @@ from fpo_core.training.job import (
 )
 from fpo_core.training.loss import BatchLoss, PairLoss, metric_sums
 from fpo_core.training.start_gate import check_start
+from fpo_core.training.stream import ExampleStream
 
 MOST_UNSAVED = 2  # checkpoints in a row
 
@@ -80,10 +75,18 @@ class Trainer:
         self.device = start_distributed()
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.loss = PairLoss(job.settings, self._saes(), self._live_reference())
-        self.examples = self._examples()
-        self.steps = num_steps(len(self.examples), job.settings.batch_size, job.settings.epochs)
-        self.engine = self._engine()
+        self.shards = self._shards()
+        model = self._model()
+        self.stream = ExampleStream(
+            self.shards,
+            job.settings,
+            functools.partial(check_vocabulary, size=len(output_head(model).weight)),
+            (self.rank, self.world),
+        )
+        self.steps = self.stream.steps
+        self.engine = self._engine(model)
         self.grad_norm: float | None = None
+        self.data_seconds = 0.0  # of a step, for its examples and batches
         self.done = self._resumed()
         self.saved_at, self.unsaved = time.monotonic(), 0
         self.asked_to_stop = False
@@ -115,7 +118,7 @@ class Trainer:
             for sae in self.job.saes
         ]
 
-    def _examples(self) -> list[Example]:
+    def _shards(self) -> AlignedShards:
         settings = self.job.settings
         caches = [
             FeatureShards(
@@ -126,7 +129,7 @@ class Trainer:
                 zip(self.job.saes, self.loss.saes, strict=True)
             )
         ]  # fmt: skip
-        return read_examples(self.job.pairs, self.job.reference, caches, settings.k, "train")
+        return AlignedShards(self.job.pairs, self.job.reference, caches, settings.k, "train")
 
     def _live_reference(self) -> Any:
         """The frozen reference model, for objectives with a KL; the others never load it."""
@@ -137,39 +140,38 @@ class Trainer:
             device=self.device,
         )  # fmt: skip
 
-    def _engine(self) -> Any:
+    def _model(self) -> Any:
+        """The policy in float32, its masters: at lr 5e-7 a bfloat16 parameter would not move."""
         from transformers import AutoModelForCausalLM
 
-        # float32 masters: at lr 5e-7 a bfloat16 parameter would not move.
-        model = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             self.job.model_folder,
             dtype=torch.float32,
             attn_implementation=self.job.attention,
             local_files_only=True,
         )
-        check_vocabulary(self.examples, len(output_head(model).weight))
+
+    def _engine(self, model: Any) -> Any:
         half = self.job.reference_dtype == "bfloat16" and self.device != "cpu"
         return make_engine(model, self.loss.hookpoints, self.job.settings, self.steps, half=half)
 
     def run(self) -> None:
         """Train to the end and save the policy."""
-        settings = self.job.settings
-        order = epoch_batches(
-            len(self.examples), settings.batch_size, settings.epochs, settings.seed
-        )
         metrics = self.job.output / METRICS_FILE
         if self.rank == 0 and self.job.resume:
             metrics.write_bytes((self.job.resume / METRICS_FILE).read_bytes())
-        with metrics.open("a") as log:
-            for step, rows in itertools.islice(enumerate(order, start=1), self.done, None):
-                started = time.monotonic()
-                sums = self._step(step, [self.examples[row] for row in rows])
+        with metrics.open("a") as log, self.stream:
+            started = time.monotonic()
+            for step, batch in self.stream.batches(self.done):
+                self.data_seconds = time.monotonic() - started  # waited for the examples
+                sums = self._step(step, batch)
                 if self.rank == 0:
-                    record = self._record(step, sums, len(rows), time.monotonic() - started)
+                    record = self._record(step, sums, len(batch), time.monotonic() - started)
                     log.write(json.dumps(record) + "\n")
                     log.flush()
                 if step < self.steps and self._to_save(step):
                     return
+                started = time.monotonic()
         self._save()
 
     def _to_save(self, step: int) -> bool:
@@ -225,7 +227,9 @@ class Trainer:
             if number == len(groups) - 1:
                 self.grad_norm = fp32_grad_norm(self.engine)
             self.engine.step()
-            sums = {**metric_sums(loss, self.job.settings), "tokens": float(tokens)}
+            compared = bool(self.job.reference)
+            sums = metric_sums(loss, self.job.settings, compared=compared)
+            sums["tokens"] = float(tokens)
             counted = 1.0 if rows else 0.0
             totals = {name: totals.get(name, 0.0) + counted * sums[name] for name in sums}
         summed = torch.tensor(list(totals.values()), dtype=torch.float64, device=self.device)
@@ -245,11 +249,13 @@ class Trainer:
 
     def _losses(self, step: int, examples: list[Example]) -> tuple[BatchLoss, int]:
         """The loss of a micro-batch, and its tokens."""
+        started = time.monotonic()
         batch = collate([example.ids for example in examples], device=self.device)
-        out: PairForward = self.engine(batch, self.loss.live(batch))
         cached = cached_batch(examples, self.device, self.job.settings.pinned)
+        self.data_seconds += time.monotonic() - started
+        out: PairForward = self.engine(batch, self.loss.live(batch))
         loss = self.loss(batch, out, cached)
-        if step == 1:
+        if step == 1 and self.job.reference:
             labels = [sae.label for sae in self.job.saes]
             check_start(loss, cached, batch, labels, self.job.settings, self.job.reference_dtype)
         if not torch.isfinite(loss.losses).all():
@@ -269,6 +275,7 @@ class Trainer:
             "grad_norm": self._grad_norm(),
             "lr": float(self.engine.get_lr()[0]),
             "seconds": seconds,
+            "data_seconds": self.data_seconds,
             "tokens_per_second": sums["tokens"] / seconds,
             "peak_memory_mb": peak_memory_mb(),
         }
@@ -281,7 +288,8 @@ class Trainer:
         """Write the policy, of its float32 masters, and what it says of one pair."""
         half = self.engine.bfloat16_enabled()
         state = full_masters(self.engine, torch.bfloat16 if half else torch.float32)
-        batch = collate([self.examples[0].ids], device=self.device)
+        pair = self.shards.first().ids
+        batch = collate([pair], device=self.device)
         with torch.no_grad():
             logps = self.engine.module(batch).logps.tolist()
         if self.rank == 0:
@@ -289,7 +297,8 @@ class Trainer:
             model.config.use_cache = True
             model.config.dtype = self.job.reference_dtype if half else "float32"
             model.save_pretrained(self.job.output / MODEL_FOLDER, state_dict=state)
-            last = {"pair": self.examples[0].ids, "logps": logps}
+            ids = [np.asarray(part).tolist() for part in pair[1:]]
+            last = {"pair": [pair.pair_id, *ids], "logps": logps}
             (self.job.output / LAST_FILE).write_text(json.dumps(last))
         torch.distributed.barrier()
 

@@ -12,6 +12,7 @@ from storage.gc import remove_garbage
 from storage.location import open_store
 from tasks.run import prepare_run
 from tasks.train import training_job
+from tasks.training import Places
 from tests.tiny import D_SAE, save_recipe, save_sae
 
 
@@ -87,13 +88,13 @@ def test_an_sae_that_changes_during_a_run_is_noticed(fpo, finished_run, tmp_path
     text = finished_run.recipe.read_text().replace(str(finished_run.recipe.parent), str(folder))
     (folder / "tiny.yaml").write_text(text)
     prepared, _ = prepare_run(str(folder / "tiny.yaml"), (), str(folder / "store"))
-    assert training_job(prepared, tmp_path, tmp_path).saes
+    assert training_job(prepared, Places(tmp_path, tmp_path)).saes
     weights = folder / "sae" / "sae_weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
     with pytest.raises(FPOError, match=r"`features` was made with the sae .*, and .* now"):
-        training_job(prepared, tmp_path, tmp_path)
+        training_job(prepared, Places(tmp_path, tmp_path))
 
 
 GROUP = {"name": "far", "features": [3, D_SAE]}

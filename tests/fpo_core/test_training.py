@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from fpo_core.data.batches import PairIds
 from fpo_core.errors import FPOError
 from fpo_core.models.load import load_model
-from fpo_core.training.examples import FeatureShards, epoch_batches, read_examples
+from fpo_core.training.examples import FeatureShards, read_examples
 from fpo_core.training.job import TrainingJob
 from fpo_core.training.launch import run_workers
 from fpo_core.training.saved import check_saved
@@ -269,15 +269,6 @@ def test_pairs_of_another_tokenizer_are_refused(caches, tmp_path):
     save_sae(tmp_path / "sae")
     with pytest.raises(FPOError, match=r"has the token id \d+, the model's vocabulary has 200"):
         run_workers(job(tmp_path, tmp_path / "out"), 1, [].append)
-
-
-def test_order_is_a_permutation_of_every_epoch():
-    batches = list(epoch_batches(10, 4, 2, seed=3))
-    assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2]
-    first, second = (sum(batches[i : i + 3], []) for i in (0, 3))
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert first != second
-    assert batches == list(epoch_batches(10, 4, 2, seed=3))
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

@@ -70,7 +70,8 @@ def sae(root: Path, hookpoint=FIRST, pooled="pooled", tokens=()) -> JobSae:
 
 
 def job(root: Path, output: Path, saes=(), **settings) -> TrainingJob:
-    defaults = {"lr": 1e-3, "warmup_steps": 0, "batch_size": 4, "k": 8, "epochs": 2}
+    defaults = {"lr": 1e-3, "warmup_steps": 0, "batch_size": 4, "k": 8, "epochs": 2,
+                "bucket_batches": 1}  # fmt: skip
     return TrainingJob(
         model_folder=root / "model", attention="sdpa",
         saes=saes or (sae(root),),

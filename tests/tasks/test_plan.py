@@ -110,10 +110,10 @@ def test_versions_are_pinned(recipe, store):
         "features": ["attention", "cache_k", "dtype", "examples", "layer", "pinned", "site",
             "tokens_k"],
         "train": [
-            "activation_checkpointing", "alpha", "attention", "batch_size", "beta", "epochs",
-            "gamma", "groups", "index_set", "k", "lr", "max_grad_norm", "method", "optimizer",
-            "per_token", "pooled", "schedule", "seed", "stop_gradient", "warmup_steps",
-            "zero_stage",
+            "activation_checkpointing", "alpha", "attention", "batch_size", "beta",
+            "bucket_batches", "epochs", "gamma", "groups", "index_set", "k", "lr",
+            "max_grad_norm", "method", "optimizer", "per_token", "pooled", "schedule", "seed",
+            "stop_gradient", "warmup_steps", "window_shards", "zero_stage",
         ],
         "evaluate": [
             "attention", "bootstrap", "k", "max_new_tokens", "prompts", "seed", "temperature",
