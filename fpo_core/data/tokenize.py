@@ -112,7 +112,8 @@ class ChatFormat:
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids; the template has already written the special tokens."""
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        # transformers' fails on a list of none
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def response_ids(self, prompt_ids: list[int], full_ids: list[int]) -> list[int] | None:
         """The response's ids up to its end-of-turn token.
