@@ -17,6 +17,7 @@ on a GPU what torch allocated. The second command is the paper's Figure 4; it ne
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -33,7 +34,7 @@ from fpo_core.data.batches import PairBatch, PairIds, collate
 from fpo_core.features.discrepancy import CachedFeatures
 from fpo_core.features.pool import pool_features, top_features
 from fpo_core.hookpoint import Hookpoint
-from fpo_core.models.forward import forward_pairs
+from fpo_core.models.forward import forward_pairs, reference_side
 from fpo_core.quiet import set_quiet_defaults
 from fpo_core.recipe.schema import TrainSettings
 from fpo_core.sae.coder import AttachedSae, SparseCoder
@@ -162,7 +163,8 @@ class _Bench:
         saes = [AttachedSae(self._coder(shape, int(width)), self.hookpoint)] if width else []
         constrained = method in ("tdpo1", "tdpo2")
         settings = TrainSettings(method=method.partition("-")[0])
-        return PairLoss(settings, saes, self.reference if constrained else None)
+        live = functools.partial(reference_side, self.reference)
+        return PairLoss(settings, saes, live if constrained else None)
 
     def _coder(self, shape: Shape, d_sae: int) -> SparseCoder:
         """A random JumpReLU SAE whose threshold leaves about 50 features a token."""

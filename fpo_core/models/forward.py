@@ -76,7 +76,12 @@ def forward_pairs(
 @torch.no_grad()
 def reference_side(model: Any, batch: PairBatch) -> ReferenceSide:
     """What a live reference brings to the KL of a batch."""
-    return ReferenceSide(at_scored(_decoder(model, batch), batch), output_head(model))
+    return ReferenceSide(scored_hidden(model, batch), output_head(model))
+
+
+def scored_hidden(model: Any, batch: PairBatch) -> Tensor:
+    """Final hidden states [N, d_model] at the scored positions."""
+    return at_scored(_decoder(model, batch), batch)
 
 
 def scored_activations(

@@ -6,8 +6,8 @@ benchmarks and notebooks compute the same thing.
 Shapes: B pairs, R = 2B responses (2i chosen, 2i + 1 rejected), G feature groups.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from fpo_core.features.discrepancy import (
     token_discrepancy,
 )
 from fpo_core.hookpoint import Hookpoint
-from fpo_core.models.forward import PairForward, ReferenceSide, reference_side
+from fpo_core.models.forward import PairForward, ReferenceSide
 from fpo_core.objectives import Objective, SideScores, objective
 from fpo_core.recipe.methods import METHODS
 from fpo_core.recipe.options import objective_options
@@ -50,7 +50,7 @@ class PairLoss:
     Args:
         settings: the recipe's ``train`` section.
         saes: the SAEs; measured under every objective, held under those that constrain features.
-        reference: the frozen reference model, for objectives with a KL.
+        reference: the live reference, for objectives with a KL.
 
     Raises:
         FPOError: the objective constrains features and there is no SAE, or a KL and there is no
@@ -58,7 +58,10 @@ class PairLoss:
     """
 
     def __init__(
-        self, settings: TrainSettings, saes: Sequence[AttachedSae], reference: Any | None = None
+        self,
+        settings: TrainSettings,
+        saes: Sequence[AttachedSae],
+        reference: Callable[[PairBatch], ReferenceSide] | None = None,
     ) -> None:
         self.settings, self.saes, self.reference = settings, saes, reference
         self.method, self.options = METHODS[settings.method], objective_options(settings)
@@ -78,7 +81,7 @@ class PairLoss:
 
     def live(self, batch: PairBatch) -> ReferenceSide | None:
         """What the policy's forward pass needs of the live reference; None without one."""
-        return None if self.reference is None else reference_side(self.reference, batch)
+        return None if self.reference is None else self.reference(batch)
 
     def __call__(self, batch: PairBatch, out: PairForward, cached: CachedBatch) -> BatchLoss:
         """The losses of a batch.

@@ -25,7 +25,7 @@ from fpo_core.errors import FPOError
 from fpo_core.logprobs import output_head
 from fpo_core.memory import peak_memory_mb
 from fpo_core.models.forward import PairForward
-from fpo_core.models.load import load_model, prepare_cpu
+from fpo_core.models.load import prepare_cpu
 from fpo_core.recipe.methods import METHODS
 from fpo_core.sae.coder import AttachedSae, load_coder
 from fpo_core.training.bad_batch import keep_bad_batch
@@ -56,6 +56,7 @@ from fpo_core.training.job import (
     WARNINGS_FILE,
     TrainingJob,
 )
+from fpo_core.training.live_reference import load_live_reference
 from fpo_core.training.loss import BatchLoss, PairLoss, metric_sums
 from fpo_core.training.start_gate import check_start
 from fpo_core.training.stream import ExampleStream
@@ -74,7 +75,9 @@ class Trainer:
         self.job = job
         self.device = start_distributed()
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.loss = PairLoss(job.settings, self._saes(), self._live_reference())
+        needed = METHODS[job.settings.method].needs_reference_model
+        reference = load_live_reference(job, self.device) if needed else None
+        self.loss = PairLoss(job.settings, self._saes(), reference)
         self.shards = self._shards()
         model = self._model()
         self.stream = ExampleStream(
@@ -130,15 +133,6 @@ class Trainer:
             )
         ]  # fmt: skip
         return AlignedShards(self.job.pairs, self.job.reference, caches, settings.k, "train")
-
-    def _live_reference(self) -> Any:
-        """The frozen reference model, for objectives with a KL; the others never load it."""
-        if not METHODS[self.job.settings.method].needs_reference_model:
-            return None
-        return load_model(
-            self.job.model_folder, dtype=self.job.reference_dtype, attention=self.job.attention,
-            device=self.device,
-        )  # fmt: skip
 
     def _model(self) -> Any:
         """The policy in float32, its masters: at lr 5e-7 a bfloat16 parameter would not move."""
