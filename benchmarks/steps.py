@@ -11,9 +11,12 @@ it; ``simpo`` reads no features at all, where the train stage would also measure
 an SAE of N features.
 
 Time: in one process on one engine, the variants in turn, each round's time divided by that
-round's first variant. Memory: three processes each, the whole of their peak during the second step;
-on a GPU what torch allocated. The second command is the paper's Figure 4; it needs one GPU with
-80 GB, where it computes in bfloat16 with float32 masters.
+round's first variant. Tokens are counted without padding. TFLOP/s are the model's: three times the
+matrix products of the policy's forward pass over the batch, whatever is recomputed or computed
+beside it; on a GPU that is known also as a share of its dense bfloat16 peak (MFU). Memory: three
+processes each, the whole of their peak during the second step; on a GPU what torch allocated. The
+second command is the paper's Figure 4; it needs one GPU with 80 GB, where it computes in bfloat16
+with float32 masters.
 """
 
 import argparse
@@ -28,13 +31,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peak import PeakMemory
 from fpo_core.data.batches import PairBatch, PairIds, collate
 from fpo_core.features.discrepancy import CachedFeatures
 from fpo_core.features.pool import pool_features, top_features
 from fpo_core.hookpoint import Hookpoint
-from fpo_core.models.forward import forward_pairs, reference_side
+from fpo_core.logprobs import output_head
+from fpo_core.models.forward import forward_pairs, reference_side, scored_hidden
 from fpo_core.quiet import set_quiet_defaults
 from fpo_core.recipe.schema import TrainSettings
 from fpo_core.sae.coder import AttachedSae, SparseCoder
@@ -44,6 +49,7 @@ from fpo_core.training.loss import PairLoss
 
 LLAMA, GEMMA2 = "llama", "gemma2"
 CACHE_K = 256
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bfloat16, makers' data sheets
 
 
 class Shape(NamedTuple):
@@ -106,20 +112,33 @@ def main() -> None:
 
 def _table(shape: str, variants: Sequence[str], rounds: int, pairs: int) -> None:
     common = ["--shape", shape, "--pairs", str(pairs), "--rounds", str(rounds)]
-    times = _measured([*common, "--one", "time", "--variants", *variants])
+    times, tokens, flops = _measured([*common, "--one", "time", "--variants", *variants])
+    peak_flops = _peak_flops()
     memory = {name: _peaks(common, name) for name in variants}
     first = variants[0]
-    print(f"| step | seconds | time / {first} | peak, MiB | of it the SAE | peak / {first} |")
-    print("|---|---|---|---|---|---|")
+    print(
+        f"| step | seconds | time / {first} | tokens/s | TFLOP/s | MFU | peak, MiB | of it the SAE "
+        f"| peak / {first} |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in variants:
         ratios = [one / base for one, base in zip(times[name], times[first], strict=True)]
         peaks, sae = memory[name]
         peak, base = statistics.median(peaks), statistics.median(memory[first][0])
+        seconds = statistics.median(times[name])
+        share = f"{flops / seconds / peak_flops:.0%}" if peak_flops else "-"
         print(
-            f"| {name} | {statistics.median(times[name]):.2f} | {statistics.median(ratios):.3f} "
-            f"({min(ratios):.3f}-{max(ratios):.3f}) | {peak:,.0f} "
+            f"| {name} | {seconds:.2f} | {statistics.median(ratios):.3f} "
+            f"({min(ratios):.3f}-{max(ratios):.3f}) | {tokens / seconds:,.0f} | "
+            f"{flops / seconds / 1e12:.2f} | {share} | {peak:,.0f} "
             f"({min(peaks):,.0f}-{max(peaks):,.0f}) | {sae:,.0f} | {peak / base:.3f} |"
         )
+
+
+def _peak_flops() -> float | None:
+    """What this GPU could do a second; None on a CPU, or a GPU that is not known here."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
 
 
 def _peaks(common: Sequence[str], name: str) -> tuple[list[float], float]:
@@ -192,6 +211,17 @@ class _Bench:
         self._synchronize()
         return time.perf_counter() - started
 
+    @torch.no_grad()
+    def flops(self) -> float:
+        """FLOP of the policy's forward pass and a backward of twice that."""
+        model = self.policy.model
+        with FlopCounterMode(display=False) as counter:
+            scored_hidden(model, self.batch)
+        vocabulary, width = output_head(model).weight.shape
+        # The head may be one kernel, which the counter does not see.
+        head = 2 * vocabulary * width * len(self.batch.positions)
+        return 3.0 * (counter.get_total_flops() + head)
+
     def _synchronize(self) -> None:
         if self.half:
             torch.cuda.synchronize()
@@ -240,7 +270,10 @@ def _pairs(shape: Shape) -> list[PairIds]:
     return [PairIds(str(pair), *(ids(n) for n in lengths)) for pair in range(shape.pairs)]
 
 
-def _times(shape: Shape, variants: Sequence[str], rounds: int) -> dict[str, list[float]]:
+def _times(
+    shape: Shape, variants: Sequence[str], rounds: int
+) -> tuple[dict[str, list[float]], int, float]:
+    """Seconds of each round's step; tokens and the model's FLOP of a step."""
     bench = _Bench(shape, variants)
     for name in variants:
         bench.step(name)
@@ -249,7 +282,7 @@ def _times(shape: Shape, variants: Sequence[str], rounds: int) -> dict[str, list
         # Forwards and backwards in turn, so that a drift of the machine falls on all alike.
         for name in variants if number % 2 == 0 else reversed(variants):
             every[name].append(bench.step(name))
-    return every
+    return every, bench.batch.num_tokens, bench.flops()
 
 
 def _memory(shape: Shape, variant: str) -> tuple[float, float]:

@@ -71,6 +71,11 @@ class StagePlan(NamedTuple):
         return f"{self.artifact}/{self.version}"
 
     @property
+    def made_of(self) -> dict[str, Any]:
+        """What its version follows from: inputs and settings, by name."""
+        return {**self.inputs, **self.recipe}
+
+    @property
     def made_from(self) -> set[str]:
         """The artifacts among its inputs, by ``artifact/version``."""
         return set(input_artifacts(self.inputs).values())

@@ -40,6 +40,7 @@ def sft_job(run: PipelineRun, places: Places) -> TrainingJob:
         threads=resources.threads,
         output=places.output,
         version=run.planned("sft").version,
+        made_from=run.planned("sft").made_of,
         checkpoints=places.checkpoints,
         checkpoint_minutes=resources.checkpoint_minutes,
         resume=places.resume,

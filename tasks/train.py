@@ -61,6 +61,7 @@ def training_job(run: PipelineRun, places: Places) -> TrainingJob:
         threads=resources.threads,
         output=places.output,
         version=run.planned("train").version,
+        made_from=run.planned("train").made_of,
         checkpoints=places.checkpoints,
         checkpoint_minutes=resources.checkpoint_minutes,
         resume=places.resume,

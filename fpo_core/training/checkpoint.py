@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fpo_core.errors import FPOError
-from fpo_core.training.job import METRICS_FILE
+from fpo_core.training.job import METRICS_FILE, TrainingJob
 
 META_FILE = "checkpoint.json"
 MASTER = "master"  # beside the optimizer's own names: exp_avg, exp_avg_sq, square_avg
@@ -30,7 +30,8 @@ class Checkpoint(NamedTuple):
 
     step: int  # optimizer steps done; the order of the data follows from it
     ranks: int  # that wrote it, and so its number of state files
-    version: str  # of the policy that the run is to make: the settings and inputs of the run
+    version: str  # of the policy that the run is to make
+    made_from: dict[str, Any]  # what that version follows from: the run's settings and inputs
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -63,6 +64,24 @@ def read_meta(folder: Path) -> Checkpoint:
         return Checkpoint(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise FPOError(f"checkpoint {folder.name}: {META_FILE} cannot be read ({error})") from error
+
+
+def check_same_run(meta: Checkpoint, job: TrainingJob) -> None:
+    """Refuse a checkpoint that is of another run.
+
+    Raises:
+        FPOError: naming what differs, with both values.
+    """
+    if meta.version == job.version:
+        return
+    nothing = "nothing"
+    names = sorted(meta.made_from.keys() | job.made_from.keys())
+    pairs = ((n, meta.made_from.get(n, nothing), job.made_from.get(n, nothing)) for n in names)
+    told = "; ".join(f"{name}: {old} there, {new} here" for name, old, new in pairs if old != new)
+    raise FPOError(
+        f"checkpoint {folder_name(meta.step)} is of the policy {meta.version}, this run makes "
+        f"{job.version}: {told or 'another schema version'}"
+    )
 
 
 def save_checkpoint(engine: Any, folder: Path, meta: Checkpoint, rank: int, metrics: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -50,6 +51,7 @@ class TrainingJob(BaseModel):
     threads: int | None
     output: Path  # receives model/, metrics.jsonl and the ranks' logs
     version: str  # of the policy to be made, which a checkpoint has to be of
+    made_from: dict[str, Any]  # settings and inputs that the version follows from
     checkpoints: Path  # receives a folder a checkpoint
     checkpoint_minutes: float
     resume: Path | None = None  # the checkpoint to go on from

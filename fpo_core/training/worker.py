@@ -32,6 +32,7 @@ from fpo_core.training.bad_batch import keep_bad_batch
 from fpo_core.training.cached import cached_batch
 from fpo_core.training.checkpoint import (
     Checkpoint,
+    check_same_run,
     folder_name,
     full_masters,
     load_checkpoint,
@@ -105,12 +106,7 @@ class Trainer:
         folder = self.job.resume
         if folder is None:
             return 0
-        made_for = read_meta(folder).version
-        if made_for != self.job.version:
-            raise FPOError(
-                f"checkpoint {folder.name} is of the policy {made_for}, this run makes "
-                f"{self.job.version}: other settings or inputs"
-            )
+        check_same_run(read_meta(folder), self.job)
         step = load_checkpoint(self.engine, folder)
         set_schedule(self.engine, step)
         return step
@@ -189,7 +185,7 @@ class Trainer:
             FPOError: it was so twice in a row.
         """
         folder = self.job.checkpoints / folder_name(step)
-        meta = Checkpoint(step, self.world, self.job.version)
+        meta = Checkpoint(step, self.world, self.job.version, self.job.made_from)
         try:
             save_checkpoint(self.engine, folder, meta, self.rank, self.job.output / METRICS_FILE)
         except (OSError, SafetensorError) as error:

@@ -119,8 +119,10 @@ def test_checkpoints_that_do_not_fit_are_refused(caches, tmp_path):
     run(spec, 1)
     checkpoint = newest(spec)
     again = spec.model_copy(update={"resume": checkpoint, "output": tmp_path / "again"})
-    other = again.model_copy(update={"version": "f" * 16})
-    with pytest.raises(FPOError, match="is of the policy 0{16}, this run makes f{16}"):
+    made_from = {"lr": 1.0, "k": 9, "sae": "x"}
+    other = again.model_copy(update={"version": "f" * 16, "made_from": made_from})
+    differences = "0{16}, this run makes f{16}: k: 8 there, 9 here; sae: nothing there, x here$"
+    with pytest.raises(FPOError, match=f"is of the policy {differences}"):
         run(other, 1)
     rmsprop = again.settings.model_copy(update={"optimizer": "rmsprop"})
     with pytest.raises(FPOError, match=r"of another model or optimizer: \d+ tensors differ"):

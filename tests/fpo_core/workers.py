@@ -79,6 +79,7 @@ def job(root: Path, output: Path, saes=(), **settings) -> TrainingJob:
         pairs=(root / "pairs.parquet",), reference=(root / "reference.parquet",),
         reference_dtype="float32",
         tokens_per_batch=64, threads=1, output=output, version="0" * 16,
+        made_from={"lr": 1.0, "k": 8},
         checkpoints=output / "checkpoints", checkpoint_minutes=100.0,
     )  # fmt: skip
 
