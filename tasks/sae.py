@@ -36,6 +36,7 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
     windows = token_windows(
         settings.text, load_tokenizer(folder),
         length=settings.context_length, max_tokens=settings.max_tokens,
+        hub=run.plan.hub,
     )  # fmt: skip
     heldout = max(1, int(len(windows) * settings.heldout_share))
     scratch = writer.scratch()

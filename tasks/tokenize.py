@@ -87,7 +87,8 @@ def _tokenize(run: PipelineRun, writer: ArtifactWriter) -> Work:
 
 def _pairs(run: PipelineRun, split: str) -> Iterator[PreferencePair]:
     sources = run.recipe.data.train if split == "train" else run.recipe.data.heldout
-    every = (pair for source in sources for pair in read_pairs(source))
+    hub = run.plan.hub
+    every = (pair for source in sources for pair in read_pairs(source, hub.get(source)))
     return islice(every, run.recipe.data.limit)
 
 
