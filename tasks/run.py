@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fpo_core.errors import FPOError, Preempted
+from fpo_core.memory import release_gpu_memory
 from fpo_core.models.load import model_folder
 from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe, load_recipe
@@ -151,6 +152,7 @@ class PipelineRun:
             resumed = bool(earlier) and not begun_in_this_run
             started = time.monotonic()
             work = compute(writer)
+            release_gpu_memory()  # training's workers are processes of their own
             seconds = time.monotonic() - started
             artifact = writer.commit(
                 Made(
