@@ -6,6 +6,7 @@ memory then stays at its peak, which it would reach again at the next step anywa
 """
 
 import ctypes
+import gc
 import resource
 import sys
 
@@ -26,6 +27,17 @@ def keep_freed_memory() -> bool:
         (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER_TRIM), (_M_TOP_PAD, _TOP_PAD_BYTES),
     )  # fmt: skip
     return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+def release_gpu_memory() -> None:
+    """Give back the GPU memory that this process keeps for nothing: other processes may need it.
+
+    Without torch, or where it never used a GPU, this does nothing.
+    """
+    torch = sys.modules.get("torch")  # imported here, it would take seconds for nothing
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()  # a model's modules refer to each other
+        torch.cuda.empty_cache()
 
 
 def peak_memory_mb() -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fpo_core.data.batches import PairBatch, PairIds, batches_by_length, collate
-from fpo_core.features.pool import add_by_response, top_features
+from fpo_core.features.pool import TopFeatures, add_by_response, top_features
 from fpo_core.features.stats import FeatureAccumulator
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.forward import forward_pairs, scored_activations
@@ -54,7 +54,7 @@ def score_shard(
         model: the reference.
         pairs: the shard's pairs, whose order the tables keep.
         hookpoint: where the SAE reads.
-        coder: the SAE; None leaves the features out.
+        coder: the SAE, on the model's device; None leaves the features out.
         features: what of the features to keep.
         pinned: features whose pooled values are kept whatever they are, ascending.
         want_reference: whether log-probs are wanted.
@@ -96,13 +96,13 @@ class _FeatureColumns:
     def __init__(
         self, num_pairs: int, coder: SparseCoder, settings: FeatureSettings, pinned: Sequence[int]
     ) -> None:
-        self.coder, self.settings = coder, settings
+        self.coder, self.settings, self.device = coder, settings, coder.b_dec.device
         self.pinned = np.array(pinned, dtype=np.uint32)
         every = coder.d_sae
         self.cache_k = every if settings.cache_k == "all" else min(settings.cache_k, every)
         self.pooled: list[Columns | None] = [None] * (2 * num_pairs)
         self.token_rows: list[list[Columns]] = [[] for _ in range(2 * num_pairs)]
-        self.accumulator = FeatureAccumulator(coder.d_sae, settings.examples)
+        self.accumulator = FeatureAccumulator(coder.d_sae, settings.examples, self.device)
         self.order: list[tuple[int, int]] = []  # (response, position) of the tokens as they came
 
     def add(self, rows: list[int], batch: PairBatch, activations: Tensor) -> None:
@@ -110,16 +110,17 @@ class _FeatureColumns:
         counts = batch.lengths.tolist()
         owner = [response for response, n in zip(responses, counts, strict=True) for _ in range(n)]
         place = [position for n in counts for position in range(n)]
-        sums = torch.zeros(len(responses), self.coder.d_sae)
+        sums = torch.zeros(len(responses), self.coder.d_sae, device=self.device)
         for part in self.coder.chunks(len(activations)):
-            acts = self.coder.encode(activations[part]).cpu()
-            add_by_response(sums, acts, batch.response[part].cpu())
+            acts = self.coder.encode(activations[part])
+            add_by_response(sums, acts, batch.response[part])
             self.accumulator.add(acts, len(self.order) + part.start)
             targets = batch.targets[part].tolist()
             self._add_tokens(acts, owner[part], place[part], targets)
         self.order += zip(owner, place, strict=True)
-        pooled = sums / batch.lengths.cpu()[:, None]
-        self.accumulator.add_pooled(pooled, torch.arange(len(responses)) % 2 == 0)
+        pooled = sums / batch.lengths[:, None]
+        chosen = torch.arange(len(responses), device=self.device) % 2 == 0
+        self.accumulator.add_pooled(pooled, chosen)
         self._add_pooled(pooled, responses, counts)
 
     def _add_tokens(
@@ -128,8 +129,8 @@ class _FeatureColumns:
         indices, values = top_features(acts, self.settings.tokens_k)
         kept = (values > 0).sum(1).tolist()
         nonzero = (acts > 0).sum(1).tolist()
-        values_np = values.numpy()
-        indices_np = indices.numpy().astype(np.uint32)
+        values_np = values.cpu().numpy()
+        indices_np = indices.cpu().numpy().astype(np.uint32)
         for row, (response, position) in enumerate(zip(owner, place, strict=True)):
             n = kept[row]
             self.token_rows[response].append(
@@ -144,7 +145,8 @@ class _FeatureColumns:
 
     def _add_pooled(self, pooled: Tensor, responses: list[int], counts: list[int]) -> None:
         # One more than is stored: the first value left out is the cutoff.
-        top = top_features(pooled, self.cache_k + 1)
+        top = TopFeatures(*(found.cpu() for found in top_features(pooled, self.cache_k + 1)))
+        pooled = pooled.cpu()
         for row, response in enumerate(responses):
             positive = int((pooled[row] > 0).sum())
             stored = min(positive, self.cache_k)

@@ -10,7 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from fpo_core.data.tokenize import ChatFormat
-from fpo_core.models.load import load_model, load_tokenizer, prepare_cpu
+from fpo_core.models.load import inference_device, load_model, load_tokenizer, prepare_cpu
 from fpo_core.progress import Progress
 from storage.writer import ArtifactWriter
 from tasks.announce import announce
@@ -44,11 +44,15 @@ def _evaluate(run: PipelineRun, writer: ArtifactWriter) -> Work:
     settings = run.recipe.evaluation
     prepare_cpu(run.recipe.resources.threads)
     policy_folder = local_folder(run.artifact("train"), "model")
-    options = {"dtype": run.recipe.model.dtype, "attention": run.recipe.model.attention}
+    options = {
+        "dtype": run.recipe.model.dtype, "attention": run.recipe.model.attention,
+        "device": inference_device(),
+    }  # fmt: skip
     policy = load_model(policy_folder, **options)
     reference = load_model(run.reference_folder(), **options)
     tokenizer = load_tokenizer(policy_folder)
-    sae = AttachedSae(attached_coder(run, reference), run.recipe.sae.hookpoint)
+    coder = attached_coder(run, reference).to(options["device"])
+    sae = AttachedSae(coder, run.recipe.sae.hookpoint)
     features = run.artifact("features")
     cache = FeatureShards(
         local_shards(features, "pooled"), (), sae.coder.d_sae, (), f"features ({sae.hookpoint})"

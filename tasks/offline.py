@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from fpo_core.models.load import load_model, prepare_cpu
+from fpo_core.models.load import inference_device, load_model, prepare_cpu
 from fpo_core.progress import Progress
 from fpo_core.sae.source import sae_folder
 from storage.schemas import (
@@ -64,11 +64,12 @@ def score_shards(
         return 0
     prepare_cpu(run.recipe.resources.threads)
     model = load_model(
-        run.reference_folder(), dtype=run.recipe.model.dtype, attention=run.recipe.model.attention
-    )
+        run.reference_folder(), dtype=run.recipe.model.dtype, attention=run.recipe.model.attention,
+        device=inference_device(),
+    )  # fmt: skip
     # All of them: one that does not fit is told before the first hour, not before its own.
     coders = [attached_coder(run, model, n) for n in range(len(run.recipe.hookpoints))]
-    coder = coders[sae] if features else None
+    coder = coders[sae].to(str(model.device)) if features else None
     pinned = run.recipe.train.pinned if sae == 0 else ()
     shards = {work.shard: read_pair_ids(pairs.table(shard=work.shard)) for work in todo}
     total = sum(pair.length for ids in shards.values() for pair in ids)

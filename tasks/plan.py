@@ -7,9 +7,10 @@ is imported here: planning is quick.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from fpo_core.data.hub import SplitFiles
 from fpo_core.data.source import identify_data
 from fpo_core.errors import FPOError, UsageError
 from fpo_core.models.source import identify
@@ -86,6 +87,7 @@ class Plan(NamedTuple):
 
     stages: dict[str, StagePlan]
     unresolved: tuple[str, ...]
+    hub: Mapping[str, SplitFiles] = {}  # data source -> its files at the commit of the versions
 
     def version(self, stage: str) -> str:
         """The artifact version of a stage."""
@@ -100,15 +102,11 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
     """
     model = identify(recipe.model.source, recipe.model.revision)
     unresolved = [] if model.resolved else [f"model {recipe.model.source}"]
-    data = {"train": recipe.data.train, "heldout": recipe.data.heldout}
-    digests = {}
-    for split, sources in data.items():
-        found = [identify_data(source) for source in sources]
-        unresolved += [f"data {s}" for s, f in zip(sources, found, strict=True) if not f.resolved]
-        digests[split] = _digest([identity.value for identity in found])
+    data = _Data(unresolved)
+    digests = {"train": data.digest(recipe.data.train), "heldout": data.digest(recipe.data.heldout)}
     planner = _Planner(store)
-    reference = _warm_start(recipe, planner, model.value, unresolved)
-    saes = [_sae_input(recipe, planner, reference, unresolved)]
+    reference = _warm_start(recipe, planner, model.value, data)
+    saes = [_sae_input(recipe, planner, reference, data)]
     saes += [_stored_sae(other.source, unresolved) for other in recipe.sae.also]
     _check_features_fit(recipe)
     planner.add("tokenize", _tokenize_part(recipe), {"model": model.value, **digests})
@@ -137,7 +135,27 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
             **{stage: caches[stage] for stage in ("reference", "features")},
         },
     )
-    return Plan(planner.stages, tuple(unresolved))
+    return Plan(planner.stages, tuple(unresolved), data.hub)
+
+
+class _Data:
+    """Identifies data sources; gathers those on the hub, and those that could not be resolved."""
+
+    def __init__(self, unresolved: list[str]) -> None:
+        self.unresolved = unresolved
+        self.hub: dict[str, SplitFiles] = {}
+
+    def digest(self, sources: Iterable[str]) -> str:
+        """One digest over the content of sources, in their order."""
+        values = []
+        for source in sources:
+            found = identify_data(source)
+            values.append(found.value)
+            if not found.resolved:
+                self.unresolved.append(f"data {source}")
+            if found.hub:
+                self.hub[source] = found.hub
+        return _digest(values)
 
 
 class _Planner:
@@ -158,37 +176,32 @@ class _Planner:
         self.stages[stage] = StagePlan(stage, artifact, version, dict(recipe), dict(inputs), state)
 
 
-def _warm_start(recipe: Recipe, planner: _Planner, model: str, unresolved: list[str]) -> str:
+def _warm_start(recipe: Recipe, planner: _Planner, model: str, data: _Data) -> str:
     """Identity of the reference model: the recipe's own, or what the ``sft`` stage makes of it."""
     settings = recipe.sft
     if settings is None:
         return model
-    found = [identify_data(source) for source in settings.data]
-    for source, identity in zip(settings.data, found, strict=True):
-        if not identity.resolved:
-            unresolved.append(f"data {source}")
     text = settings.model_dump(include={"limit", "turns", "max_length", "max_prompt_length"})
     text |= recipe.data.model_dump(include={"template", "shard_pairs"})
-    digest = _digest([identity.value for identity in found])
-    planner.add("instructions", text, {"model": model, "data": digest})
+    planner.add("instructions", text, {"model": model, "data": data.digest(settings.data)})
     part = settings.model_dump(include=set(OptimizerSettings.model_fields))
     part |= recipe.model.model_dump(include={"dtype", "attention"})
     planner.add("sft", part, {"model": model, "instructions": planner["instructions"]})
     return f"artifact:sft/{planner['sft']}"
 
 
-def _sae_input(recipe: Recipe, planner: _Planner, model: str, unresolved: list[str]) -> str:
+def _sae_input(recipe: Recipe, planner: _Planner, model: str, data: _Data) -> str:
     """Identity of the SAE: of its files, or the version of the stage that trains it."""
     if recipe.sae.train is None:
         assert recipe.sae.source is not None
-        return _stored_sae(recipe.sae.source, unresolved)
+        return _stored_sae(recipe.sae.source, data.unresolved)
     settings = recipe.sae.train.model_dump(exclude={"text"})
     kinds = [source.kind for source in recipe.sae.train.text]
-    text = [identify_data(source.path).value for source in recipe.sae.train.text]
+    text = data.digest(source.path for source in recipe.sae.train.text)
     planner.add(
         "sae",
         {**settings, "kinds": kinds, "layer": recipe.sae.layer, "site": recipe.sae.site},
-        {"model": model, "text": _digest(text)},
+        {"model": model, "text": text},
     )
     return f"artifact:sae/{planner['sae']}"
 

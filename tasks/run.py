@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fpo_core.data.source import hub_dataset
 from fpo_core.errors import FPOError, Preempted
+from fpo_core.memory import release_gpu_memory
 from fpo_core.models.load import model_folder
 from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe, load_recipe
@@ -159,6 +159,7 @@ class PipelineRun:
             resumed = bool(earlier) and not begun_in_this_run
             started = time.monotonic()
             work = compute(writer)
+            release_gpu_memory()  # training's workers are processes of their own
             seconds = time.monotonic() - started
             artifact = writer.commit(
                 Made(
@@ -246,27 +247,20 @@ def prepare_run(
     settings = load_recipe(recipe, overrides)
     artifacts = recipe_store(settings, store)
     artifacts.check_writable()
-    for source in (*settings.data.train, *settings.data.heldout, *_sft_data(settings)):
-        if hub_dataset(source):
-            raise FPOError(
-                f"data {source!r}: datasets are not read from the hub yet; save the split as "
-                f"Parquet or JSONL and give the file in data.train and data.heldout"
-            )
-    for stored in (settings.sae.source, *(other.source for other in settings.sae.also)):
-        if stored:
-            sae_folder(stored)  # its content enters the versions: it has to be here first
     plan = make_plan(settings, artifacts)
+    saes = [s for s in (settings.sae.source, *(more.source for more in settings.sae.also)) if s]
+    if plan.unresolved and {*plan.unresolved} <= {f"sae {source}" for source in saes}:
+        for source in saes:
+            sae_folder(source)  # its content enters the versions: it has to be here first
+        plan = make_plan(settings, artifacts)
     if plan.unresolved:
         raise FPOError(
             f"not reachable from here: {', '.join(plan.unresolved)}. Check the name, your access "
-            f"(HF_TOKEN) and the network, or give a local copy"
+            f"(HF_TOKEN) and the network, or give a local copy (a dataset's split as a Parquet or "
+            f"JSONL file)"
         )
     stages = selected_stages(plan, first, only)
     return PipelineRun(settings, artifacts, plan, frozenset(stages if force else ())), stages
-
-
-def _sft_data(recipe: Recipe) -> tuple[str, ...]:
-    return recipe.sft.data if recipe.sft else ()
 
 
 def recipe_store(recipe: Recipe, given: str | None) -> Store:

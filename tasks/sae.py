@@ -6,7 +6,7 @@ import logging
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from fpo_core.models.load import load_model, load_tokenizer, prepare_cpu
+from fpo_core.models.load import inference_device, load_model, load_tokenizer, prepare_cpu
 from fpo_core.sae.source import CONFIG_FILE, WEIGHTS_FILE
 from storage.writer import ArtifactWriter
 from tasks.announce import announce
@@ -32,10 +32,12 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
     assert settings is not None
     prepare_cpu(run.recipe.resources.threads)
     folder = run.reference_folder()
-    model = load_model(folder, dtype="float32", attention=run.recipe.model.attention)
+    device = inference_device()
+    model = load_model(folder, dtype="float32", attention=run.recipe.model.attention, device=device)
     windows = token_windows(
         settings.text, load_tokenizer(folder),
         length=settings.context_length, max_tokens=settings.max_tokens,
+        hub=run.plan.hub,
     )  # fmt: skip
     heldout = max(1, int(len(windows) * settings.heldout_share))
     scratch = writer.scratch()
@@ -49,7 +51,7 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
         "training_tokens": len(activations),
     }
     train_sae(activations, settings, metadata, scratch / "sae")
-    quality = sae_quality(model, load_coder(scratch / "sae"), layer, windows[-heldout:])
+    quality = sae_quality(model, load_coder(scratch / "sae").to(device), layer, windows[-heldout:])
     log.info("quality on %d held-out tokens: %s", quality["tokens"], json.dumps(quality))
     (scratch / "sae" / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
     for name in (CONFIG_FILE, WEIGHTS_FILE, "quality.json"):

@@ -47,9 +47,12 @@ def instructions(run: PipelineRun) -> Outcome:
 
 def _pairs(run: PipelineRun, writer: ArtifactWriter) -> Work:
     data = run.recipe.data
+    hub = run.plan.hub
     sources = {"train": data.train, "heldout": data.heldout}
     splits = {
-        split: islice((pair for name in names for pair in read_pairs(name)), data.limit)
+        split: islice(
+            (pair for name in names for pair in read_pairs(name, hub.get(name))), data.limit
+        )
         for split, names in sources.items()
     }
     return _tokenize(run, writer, splits, Limits(data.max_prompt_length, data.max_length))
@@ -58,7 +61,10 @@ def _pairs(run: PipelineRun, writer: ArtifactWriter) -> Work:
 def _instructions(run: PipelineRun, writer: ArtifactWriter) -> Work:
     sft = run.recipe.sft
     assert sft is not None
-    every = (found for name in sft.data for found in read_instructions(name, sft.turns))
+    hub = run.plan.hub
+    every = (
+        answer for name in sft.data for answer in read_instructions(name, sft.turns, hub.get(name))
+    )
     limits = Limits(sft.max_prompt_length, sft.max_length, "sft")
     return _tokenize(run, writer, {"train": islice(every, sft.limit)}, limits)
 

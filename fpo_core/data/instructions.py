@@ -13,6 +13,7 @@ Each comes out as a ``PreferencePair`` that has no rejected side.
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from fpo_core.data.hub import SplitFiles
 from fpo_core.data.pairs import Message, PreferencePair, message_of, pair_of
 from fpo_core.data.rows import Row, read_rows
 from fpo_core.errors import FPOError
@@ -20,17 +21,20 @@ from fpo_core.errors import FPOError
 Turns = Literal["last", "all"]
 
 
-def read_instructions(path: str, turns: Turns) -> Iterator[PreferencePair]:
-    """Stream the answers of a file.
+def read_instructions(
+    path: str, turns: Turns, hub: SplitFiles | None = None
+) -> Iterator[PreferencePair]:
+    """Stream the answers of a source.
 
     Args:
-        path: the file.
+        path: the file, or the name of a split on the hub.
         turns: of a dialogue, its last answer, or each of them after the turns before it.
+        hub: the split's files.
 
     Raises:
         FPOError: a row that is no dialogue, named by file and line.
     """
-    for row in read_rows(path):
+    for row in read_rows(path, hub):
         dialogue = _dialogue_of(row)
         last = len(dialogue) - 1
         for number, turn in enumerate(dialogue):

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from fpo_core.data.hub import SplitFiles
 from fpo_core.data.rows import Row, read_rows
 from fpo_core.errors import FPOError
 
@@ -41,13 +42,17 @@ class PreferencePair(NamedTuple):
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def read_pairs(path: str) -> Iterator[PreferencePair]:
-    """Stream the pairs of a file.
+def read_pairs(path: str, hub: SplitFiles | None = None) -> Iterator[PreferencePair]:
+    """Stream the pairs of a source.
+
+    Args:
+        path: the file, or the name of a split on the hub.
+        hub: the split's files.
 
     Raises:
         FPOError: a row that is not a preference pair, named by file and line.
     """
-    for row in read_rows(path):
+    for row in read_rows(path, hub):
         yield pair_of(row)
 
 

@@ -1,42 +1,47 @@
-"""Where preference data comes from, and what identifies it."""
+"""Where preference data and text come from, and what identifies them."""
 
-import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
+from fpo_core.data.hub import SplitFiles, hub_split, resolve_split
 from fpo_core.errors import FPOError
-from fpo_core.models.source import ModelIdentity, file_digest
+from fpo_core.models.source import file_digest
 
-_HUB = re.compile(r"^(?P<name>[\w.-]+/[\w.-]+):(?P<split>[\w.]+)$")
-
-
-def hub_dataset(source: str) -> tuple[str, str] | None:
-    """``owner/name:split`` as (name, split); None when the source is a path."""
-    match = _HUB.match(source)
-    return (match["name"], match["split"]) if match and not Path(source).exists() else None
+_WITHOUT_SPLIT = re.compile(r"\w[\w.-]*/[\w-]+(@[\w./-]+)?")
 
 
-def identify_data(source: str) -> ModelIdentity:
-    """Content identity of a data source: the file's digest, or the hub's commit.
+class DataIdentity(NamedTuple):
+    """What a data source resolves to.
+
+    Attributes:
+        value: content identity, as it enters artifact versions.
+        resolved: False when the hub could not be asked, so that ``value`` is only a name.
+        hub: the files of a split on the hub.
+    """
+
+    value: str
+    resolved: bool = True
+    hub: SplitFiles | None = None
+
+
+def identify_data(source: str) -> DataIdentity:
+    """Content identity of a data source: the file's digest, or commit and split on the hub.
 
     Raises:
-        FPOError: the file does not exist.
+        FPOError: the file does not exist, or the hub has no such split.
     """
-    hub = hub_dataset(source)
-    if hub is None:
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise FPOError(
-                f"data file {source!r} does not exist; a relative path starts at the folder the "
-                f"command runs in"
-            )
-        return ModelIdentity(f"file:{file_digest(path)}")
-    name = f"hub-data:{source}"
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return ModelIdentity(name, resolved=False)
-    from huggingface_hub import dataset_info
-
-    try:
-        return ModelIdentity(f"{name}@{dataset_info(hub[0], timeout=5).sha}")
-    except Exception:  # noqa: BLE001 - any failure to ask means the same: not resolved
-        return ModelIdentity(name, resolved=False)
+    asked = hub_split(source)
+    if asked:
+        found = resolve_split(asked)
+        if found is None:
+            return DataIdentity(f"hub-data:{source}", resolved=False)
+        return DataIdentity(found.identity, hub=found)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        hub = _WITHOUT_SPLIT.fullmatch(source)
+        raise FPOError(
+            f"data file {source!r} does not exist; a relative path starts at the folder the "
+            f"command runs in" + (", a dataset of the hub is OWNER/NAME:SPLIT" if hub else "")
+        )
+    return DataIdentity(f"file:{file_digest(path)}")

@@ -19,18 +19,21 @@ class FeatureAccumulator:
     Args:
         d_sae: number of features.
         examples: examples kept a feature.
+        device: of the activations that will be added.
     """
 
-    def __init__(self, d_sae: int, examples: int) -> None:
+    def __init__(
+        self, d_sae: int, examples: int, device: torch.device | str = "cpu"
+    ) -> None:  # fmt: skip
         self.num_examples = examples
         self.tokens = 0
         self.responses = np.zeros(2, dtype=np.int64)  # chosen, rejected
-        self.active = torch.zeros(d_sae, dtype=torch.int64)
-        self.total = torch.zeros(d_sae, dtype=torch.float64)
-        self.peak = torch.zeros(d_sae)
-        self.side_total = torch.zeros(2, d_sae, dtype=torch.float64)
-        self.top_values = torch.zeros(0, d_sae)
-        self.top_tokens = torch.zeros(0, d_sae, dtype=torch.int64)
+        self.active = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.total = torch.zeros(d_sae, dtype=torch.float64, device=device)
+        self.peak = torch.zeros(d_sae, device=device)
+        self.side_total = torch.zeros(2, d_sae, dtype=torch.float64, device=device)
+        self.top_values = torch.zeros(0, d_sae, device=device)
+        self.top_tokens = torch.zeros(0, d_sae, dtype=torch.int64, device=device)
 
     def add(self, acts: Tensor, first_token: int) -> None:
         """Count one chunk of token activations [n, F], numbered from ``first_token``."""
@@ -60,33 +63,37 @@ class FeatureAccumulator:
         Args:
             tokens: ``pair_id``, ``side``, ``position`` of every token of the shard, by number.
         """
+        values, numbers = self.top_values.cpu(), self.top_tokens.cpu()
         return {
             "feature": np.arange(len(self.active), dtype=np.uint32),
             "tokens": np.full(len(self.active), self.tokens, dtype=np.int64),
             "responses_chosen": np.full(len(self.active), self.responses[0], dtype=np.int64),
             "responses_rejected": np.full(len(self.active), self.responses[1], dtype=np.int64),
-            "active": self.active.numpy(),
-            "total": self.total.numpy(),
-            "max": self.peak.numpy(),
-            "total_chosen": self.side_total[0].numpy(),
-            "total_rejected": self.side_total[1].numpy(),
-            "examples": [self._examples(feature, tokens) for feature in range(len(self.active))],
+            "active": self.active.cpu().numpy(),
+            "total": self.total.cpu().numpy(),
+            "max": self.peak.cpu().numpy(),
+            "total_chosen": self.side_total[0].cpu().numpy(),
+            "total_rejected": self.side_total[1].cpu().numpy(),
+            "examples": [
+                _examples(values[:, feature].tolist(), numbers[:, feature].tolist(), tokens)
+                for feature in range(len(self.active))
+            ],
         }
 
-    def _examples(self, feature: int, tokens: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-        found = []
-        values = self.top_values[:, feature].tolist()
-        for value, token in zip(values, self.top_tokens[:, feature].tolist(), strict=True):
-            if value > 0:
-                found.append(
-                    {
-                        "pair_id": str(tokens["pair_id"][token]),
-                        "side": str(tokens["side"][token]),
-                        "position": int(tokens["position"][token]),
-                        "value": value,
-                    }
-                )
-        return found
+
+def _examples(
+    values: list[float], numbers: list[int], tokens: dict[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "pair_id": str(tokens["pair_id"][token]),
+            "side": str(tokens["side"][token]),
+            "position": int(tokens["position"][token]),
+            "value": value,
+        }
+        for value, token in zip(values, numbers, strict=True)
+        if value > 0
+    ]
 
 
 def merge_stats(shards: list[dict[str, Any]], examples: int) -> dict[str, Any]:

@@ -68,6 +68,16 @@ def load_model(folder: Path, *, dtype: str, attention: str, device: str = "cpu")
     return model.eval().to(device).requires_grad_(False)
 
 
+def inference_device() -> str:
+    """Where a stage's passes run: the process's first GPU, else the CPU.
+
+    ``CUDA_VISIBLE_DEVICES`` chooses another GPU, or none.
+    """
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def prepare_cpu(threads: int | None) -> None:
     """Set this process up for tensor work on a CPU.
 

@@ -133,7 +133,6 @@ def folder_digest(folder: Path) -> str:
 
 def _hub_identity(source: str, revision: str | None) -> ModelIdentity:
     from huggingface_hub import model_info, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     name = f"hub:{source}@{revision or 'main'}"
     cached = try_to_load_from_cache(source, "config.json", revision=revision)
@@ -144,10 +143,17 @@ def _hub_identity(source: str, revision: str | None) -> ModelIdentity:
         return ModelIdentity(name, resolved=False)
     try:
         info = model_info(source, revision=revision, timeout=5)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+    except Exception as error:
+        if not hub_did_not_answer(error):
+            raise
         return ModelIdentity(name, resolved=False)
-    except Exception as error:  # noqa: BLE001 - the hub's client raises its HTTP library's own errors
-        if "httpx" in type(error).__module__ or "requests" in type(error).__module__:
-            return ModelIdentity(name, resolved=False)
-        raise
     return ModelIdentity(f"hub:{source}@{info.sha}", commit=info.sha)
+
+
+def hub_did_not_answer(error: Exception) -> bool:
+    """Whether the hub's client failed for the network, the hub or its refusal, not for a mistake.
+
+    Its own errors and being offline are OSErrors; its HTTP library's errors come as they are.
+    """
+    module = type(error).__module__
+    return isinstance(error, OSError) or "httpx" in module or "requests" in module

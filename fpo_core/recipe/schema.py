@@ -40,7 +40,10 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """Preference data and how it becomes tokens."""
 
-    train: tuple[str, ...] = Field(description="files (JSON, JSONL, Parquet) or hub datasets")
+    train: tuple[str, ...] = Field(
+        description="files (JSON, JSONL, Parquet), or splits of hub datasets: "
+        "OWNER/NAME[@REVISION]:[CONFIG:]SPLIT"
+    )
     heldout: tuple[str, ...] = Field(description="the same, for held-out pairs")
     limit: Count | None = Field(
         default=None, description="use at most this many pairs of each split"
@@ -57,9 +60,9 @@ class DataSettings(Settings):
 class SaeTextSettings(Settings):
     """One source of text that an SAE is trained on."""
 
-    path: str = Field(description="JSON or JSONL file")
+    path: str = Field(description="file or hub split, as in data.train")
     kind: Literal["text", "instruction", "preference", "arena"] = Field(
-        description="`text` rows, instruction/input/output rows, preference pairs, or "
+        description="`text` rows, instruction/input/output or messages rows, preference pairs, or "
         "Arena-Hard answers"
     )
 

@@ -48,10 +48,10 @@ def collect_activations(
         "activations", total=count * length, unit="token", done=done * length
     ) as progress:
         for start in range(done, count, windows_per_batch):
-            batch = windows[start : start + windows_per_batch]
+            batch = windows[start : start + windows_per_batch].to(model.device)
             values = resid_post(model, layer, batch)[:, SKIP_POSITIONS:].reshape(-1, d_model)
             stop = start + len(batch)
-            activations[start * rows : stop * rows] = values.to(torch.float16).numpy()
+            activations[start * rows : stop * rows] = values.to(torch.float16).cpu().numpy()
             if stop // windows_per_batch % 50 == 0:
                 activations.flush()
                 _write_mark(mark, stop)

@@ -27,18 +27,20 @@ def sae_quality(
 
     Args:
         model: the language model.
-        coder: the SAE.
+        coder: the SAE, on the model's device.
         layer: its decoder block.
         windows: token ids [windows, length] that were not trained on.
         windows_per_batch: windows a forward pass.
     """
-    fired = torch.zeros(coder.d_sae, dtype=torch.bool)
+    fired = torch.zeros(coder.d_sae, dtype=torch.bool, device=model.device)
     active = residual = 0.0
     count = 0
-    square, total = 0.0, torch.zeros(coder.d_in, dtype=torch.float64)
+    square = 0.0
+    total = torch.zeros(coder.d_in, dtype=torch.float64, device=model.device)
     losses = {"original": 0.0, "spliced": 0.0, "zero": 0.0}
     with Progress("SAE quality", total=3 * windows.numel(), unit="token") as progress:
-        for batch in windows.split(windows_per_batch):
+        for part in windows.split(windows_per_batch):
+            batch = part.to(model.device)
             seen: list[Tensor] = []
             losses["original"] += _loss(model, layer, batch, lambda x: seen.append(x))  # noqa: B023
             x = seen[0][:, SKIP_POSITIONS:].flatten(0, 1)

@@ -8,7 +8,7 @@ import torch
 from fpo_core.data.batches import PairIds, collate
 from fpo_core.errors import FPOError
 from fpo_core.models.forward import forward_pairs
-from fpo_core.models.load import load_model
+from fpo_core.models.load import inference_device, load_model
 from fpo_core.training.job import LAST_FILE, MODEL_FOLDER
 from fpo_core.training.start_gate import logp_tolerance
 
@@ -25,10 +25,11 @@ def check_saved(output: Path, attention: str) -> None:
     """
     last = json.loads((output / LAST_FILE).read_text())
     dtype = json.loads((output / MODEL_FOLDER / "config.json").read_text())["dtype"]
-    policy = load_model(output / MODEL_FOLDER, dtype=dtype, attention=attention)
+    device = inference_device()
+    policy = load_model(output / MODEL_FOLDER, dtype=dtype, attention=attention, device=device)
     pair = PairIds(*last["pair"])
     with torch.no_grad():
-        logps = forward_pairs(policy, collate([pair]), ()).logps.tolist()
+        logps = forward_pairs(policy, collate([pair], device=device), ()).logps.tolist()
     for saved, trained, ids in zip(logps, last["logps"], pair[2:], strict=True):
         if not ids:
             continue

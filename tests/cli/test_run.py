@@ -256,7 +256,8 @@ def test_a_store_that_cannot_be_written(fpo, tmp_path):
 def test_hub_data_and_models_that_cannot_be_had(fpo, tmp_path):
     data = fpo("run", "gemma2b", "--store", tmp_path / "store")
     assert data.code == 1
-    assert "datasets are not read from the hub yet; save the split" in data.err
+    assert "not reachable from here: model google/gemma-2-2b, data HuggingFaceH4/" in data.err
+    assert "(a dataset's split as a Parquet or JSONL file)" in data.err
     recipe = save_recipe(tmp_path / "r", model={"source": "nobody/no-such-model"})
     model = run(fpo, recipe, tmp_path / "store")
     assert model.code == 1

@@ -1,0 +1,89 @@
+"""Which files of a dataset repository are a split, going by their names.
+
+``train.jsonl``, ``data/train-00000-of-00003.parquet``, ``CONFIG/train-00000-of-00001.parquet`` and
+``CONFIG/train/0000.parquet`` (the hub's own conversion) all say configuration and split. A name
+says one split or none: no file is ever read for two.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from fpo_core.errors import FPOError
+
+DEFAULT = "default"  # the configuration of files that name none
+# Best first: where a split is there in two kinds, it is read from one.
+KINDS = (".parquet", ".jsonl", ".ndjson", ".json")
+# What follows a split's name in that of a shard: "-00000-of-00003", "-00000-of-00003-0a1b2c3d".
+_NUMBER = re.compile(r"-\d+(-of-\d+)?(-[0-9a-f]+)?$")
+# Names that tell a file from its neighbours, and nothing else: the folder says the split.
+_PART = re.compile(r"(part|shard|chunk|file|data)?[-_.]?\d*")
+# What the `datasets` library writes beside the data.
+_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+
+
+class SplitPlace(NamedTuple):
+    """What a file's name says."""
+
+    config: str
+    split: str
+    kind: str  # its suffix
+
+
+def place_of(path: str) -> SplitPlace | None:
+    """Configuration and split of a file in a repository; None for what is no data file."""
+    file = PurePosixPath(path)
+    kind = file.suffix.lower()
+    if kind not in KINDS or file.name in _METADATA:
+        return None
+    folders = list(file.parts[:-1])
+    split = _NUMBER.sub("", file.stem)
+    if folders and _PART.fullmatch(split):
+        split = folders.pop()
+    config = "/".join(folder for folder in folders if folder != "data")
+    return SplitPlace(config or DEFAULT, split, kind)
+
+
+def split_files(
+    paths: Sequence[str], split: str, config: str | None
+) -> tuple[str, tuple[str, ...]] | None:
+    """The configuration and the files of a split, in order; None when no file is of it.
+
+    Args:
+        paths: the repository's files.
+        split: the split's name.
+        config: the configuration's; None takes the only one, or the default one.
+
+    Raises:
+        FPOError: no configuration is given, and several have the split.
+    """
+    placed = [(path, place) for path in sorted(paths) if (place := place_of(path))]
+    for kind in KINDS:
+        found: dict[str, list[str]] = {}
+        for path, place in placed:
+            if (place.kind, place.split) == (kind, split) and config in (None, place.config):
+                found.setdefault(place.config, []).append(path)
+        if not found:
+            continue
+        if len(found) > 1 and DEFAULT not in found:
+            raise FPOError(
+                f"several configurations have a split {split!r}: {', '.join(found)}; name one, "
+                f"as OWNER/NAME:CONFIG:{split}"
+            )
+        chosen = DEFAULT if len(found) > 1 else next(iter(found))
+        return chosen, tuple(found[chosen])
+    return None
+
+
+def splits_there(paths: Sequence[str]) -> list[str]:
+    """The splits that a repository's files name, as a recipe would write them."""
+    places = [place for path in paths if (place := place_of(path))]
+    best = min((KINDS.index(place.kind) for place in places), default=0)
+    return sorted(
+        {
+            place.split if place.config == DEFAULT else f"{place.config}:{place.split}"
+            for place in places
+            if KINDS.index(place.kind) == best
+        }
+    )

@@ -1,0 +1,144 @@
+"""The stages' passes on a device that is not the CPU give what they give on the CPU.
+
+On a GPU where there is one; everywhere else on a made device that refuses to mix with the CPU.
+"""
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from fpo_core.evaluation.generate import Sampling, generate_answers
+from fpo_core.evaluation.heldout import BY_PAIR, score_heldout
+from fpo_core.hookpoint import Hookpoint
+from fpo_core.models.load import inference_device
+from fpo_core.offline import score_shard
+from fpo_core.recipe.schema import FeatureSettings
+from fpo_core.sae.coder import AttachedSae, load_coder
+from fpo_core.sae.collect import collect_activations
+from fpo_core.sae.quality import sae_quality
+from fpo_core.training.examples import CachedSide, Example, PooledFeatures
+from tests.other_device import DEVICE, other_device
+from tests.tiny import SAE_LAYER, make_model, save_sae
+
+SETTINGS = FeatureSettings(cache_k=10, tokens_k=4, examples=3)
+SAES = {
+    "jumprelu": {},
+    "topk": {"architecture": "topk", "k": 9},
+}  # fmt: skip
+
+
+class Device(NamedTuple):
+    name: str
+    context: Any
+
+
+@pytest.fixture(params=["strict", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    if request.param == "strict":
+        return Device(str(DEVICE), other_device())
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return Device("cuda", nullcontext())
+
+
+def eager(kind: str, seed: int = 0) -> Any:
+    model = make_model(kind, seed)
+    model.set_attn_implementation("eager")  # the made device has no kernel of attention
+    return model
+
+
+def close(one: Any, other: Any) -> None:
+    assert len(one) == len(other)
+    for left, right in zip(one, other, strict=True):
+        np.testing.assert_allclose(
+            np.asarray(left, np.float64), np.asarray(right, np.float64), atol=2e-4, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("sae_kind", SAES)
+@pytest.mark.parametrize("want_reference", [True, False])
+def test_the_offline_pass(device, kind, sae_kind, want_reference, pairs, tmp_path):
+    coder = load_coder(save_sae(tmp_path, **SAES[sae_kind]))
+
+    def score(name):
+        return score_shard(
+            eager(kind).to(name), pairs, Hookpoint(SAE_LAYER), coder=coder.to(name),
+            features=SETTINGS, pinned=(3, 70), want_reference=want_reference, tokens_per_batch=64,
+        )  # fmt: skip
+
+    expected = score("cpu")
+    with device.context:
+        found = score(device.name)
+    assert found.pooled.keys() == expected.pooled.keys()
+    if want_reference:
+        close(found.reference["chosen_logp"], expected.reference["chosen_logp"])
+    for name in ("values", "nonzero", "mass", "cutoff", "pinned_values"):
+        close(found.pooled[name], expected.pooled[name])
+    for name in ("values", "token_id", "position", "nonzero"):
+        close(found.tokens[name], expected.tokens[name])
+    for name in ("active", "total", "max", "total_chosen", "total_rejected"):
+        assert isinstance(found.stats[name], np.ndarray)
+        close(found.stats[name], expected.stats[name])
+    for one, other in zip(found.stats["examples"], expected.stats["examples"], strict=True):
+        close([e["value"] for e in one], [e["value"] for e in other])
+
+
+def test_held_out_pairs_and_answers(device, pairs, tmp_path):
+    coder = load_coder(save_sae(tmp_path))
+    sides = [
+        CachedSide(PooledFeatures(np.arange(4), np.ones(4, np.float32), 0.5, np.zeros(0)), None)
+        for _ in range(2)
+    ]
+    examples = [Example(pair, (-3.0, -4.0), (tuple(sides),)) for pair in pairs]
+
+    def measure(name):
+        policy, reference = (eager("llama", seed).to(name) for seed in (5, 0))
+        scores = score_heldout(
+            policy, reference, examples, AttachedSae(coder.to(name), Hookpoint(SAE_LAYER)),
+            k=4, tokens_per_batch=64,
+        )  # fmt: skip
+        prompts = [pair.prompt for pair in pairs]
+        greedy = Sampling(5, 0.0, 0)
+        return scores, generate_answers(policy, prompts, greedy, end_id=1, pad_id=1)
+
+    expected, answers = measure("cpu")
+    with device.context:
+        found, on_device = measure(device.name)
+    for name in (*BY_PAIR, "policy_means", "reference_means"):
+        assert isinstance(getattr(found, name), np.ndarray)
+        close(getattr(found, name), getattr(expected, name))
+    assert [answer.ids for answer in on_device] == [answer.ids for answer in answers]
+    close([answer.entropy for answer in on_device], [answer.entropy for answer in answers])
+
+
+def test_activations_and_quality_of_an_sae(device, tmp_path):
+    windows = torch.randint(2, 400, (6, 12), generator=torch.Generator().manual_seed(0))
+    coder = load_coder(save_sae(tmp_path / "sae"))
+
+    def measure(name, folder):
+        model = eager("llama").to(name)
+        collected = collect_activations(model, windows, SAE_LAYER, folder)
+        return collected, sae_quality(model, coder.to(name), SAE_LAYER, windows)
+
+    activations, quality = measure("cpu", tmp_path / "a")
+    with device.context:
+        found, its_quality = measure(device.name, tmp_path / "b")
+    np.testing.assert_allclose(found, activations, atol=2e-2)
+    assert its_quality == pytest.approx(quality, rel=1e-3, abs=1e-4)
+
+
+def test_the_device_is_the_gpu_where_there_is_one():
+    assert torch.zeros(1, device=inference_device()).is_cuda == torch.cuda.is_available()
+
+
+def test_the_made_device_refuses_what_a_gpu_refuses():
+    with other_device():
+        there, here = torch.arange(3.0, device=DEVICE), torch.ones(3)
+        assert (there + 1).cpu().tolist() == [1.0, 2.0, 3.0]
+        for mixed in (lambda: there + here, lambda: torch.cat([here, there]), there.numpy):
+            with pytest.raises(RuntimeError):
+                mixed()
