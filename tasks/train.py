@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from fpo_core.models.source import identify
 from fpo_core.progress import Progress
 from fpo_core.recipe.options import objective_options
 from fpo_core.sae.source import identify_sae
+from fpo_core.tracking import EVENT_FILE, TensorBoard, Tracker, wandb_run
 from fpo_core.training.job import BAD_BATCH_FILE, MODEL_FOLDER, RANK_LOG, JobSae, TrainingJob
 from storage.errors import StoreError
 from storage.writer import ArtifactWriter
@@ -27,6 +30,7 @@ from tasks.run import Outcome, PipelineRun, Work
 from tasks.transfer import bytes_progress, local_shards
 
 log = logging.getLogger("fpo.stage")
+TENSORBOARD_FOLDER = "tensorboard"
 
 
 @task(name="train", task_run_name="train", cache_policy=NO_CACHE)
@@ -37,6 +41,7 @@ def train(run: PipelineRun) -> Outcome:
 
 def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
     from fpo_core.training.checkpoint import read_meta
+    from fpo_core.training.heldout import heldout_line, read_records
     from fpo_core.training.launch import run_workers
     from fpo_core.training.saved import check_saved
 
@@ -49,18 +54,33 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
     if saved:
         log.info("train: going on from %s", saved.name)
     records: list[dict[str, Any]] = []
+    heldout: list[dict[str, Any]] = []
+    known = len(read_records(job))  # held-out records that come again
     progress = Progress("train", total=_total_steps(run), unit="step", done=earlier)
-    with progress, keeper:
+    with progress, keeper, _trackers(run, output) as trackers:
 
         def on_step(record: dict[str, Any]) -> None:
             records.append(record)
+            for tracker in trackers:
+                tracker.log("train", record)
             if record["step"] <= earlier:
                 return
             note = f"loss {record['loss']:.3f}, accuracy {record['accuracy']:.2f}"
+            if heldout:
+                note += f" (held-out {heldout[-1]['accuracy']:.2f})"
             progress.advance(1, note)
 
+        def on_heldout(record: dict[str, Any]) -> None:
+            heldout.append(record)
+            for tracker in trackers:
+                tracker.log("heldout", record)
+            if len(heldout) > known:
+                log.info("train: %s", heldout_line(record))
+
         try:
-            run_workers(job, run.recipe.resources.ranks, on_step, keeper.keep)
+            run_workers(
+                job, run.recipe.resources.ranks, on_step, keeper.keep, on_heldout=on_heldout
+            )
         except FPOError as error:
             raise _with_kept_files(run, output, error) from error
         finally:
@@ -73,9 +93,13 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
     with bytes_progress("storing the policy", sum(path.stat().st_size for path in files)) as done:
         for path in files:
             writer.put_file(f"model/{path.name}", path, done)
-    metrics = output / "metrics.parquet"
-    pl.DataFrame(records).write_parquet(metrics)
-    writer.put_file("metrics.parquet", metrics)
+    for name, table in (("metrics", records), ("heldout", heldout)):
+        if table:
+            path = output / f"{name}.parquet"
+            pl.DataFrame(table, infer_schema_length=None).write_parquet(path)
+            writer.put_file(path.name, path)
+    for path in (output / TENSORBOARD_FOLDER).glob("*tfevents*"):
+        writer.put_file(f"{TENSORBOARD_FOLDER}/{EVENT_FILE}", path)
     last = records[-1]
     stats = {
         "steps": last["steps"],
@@ -86,6 +110,25 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
     }
     tokens = sum(r["tokens_per_second"] * r["seconds"] for r in records[earlier:])
     return Work(stats, int(tokens))
+
+
+@contextmanager
+def _trackers(run: PipelineRun, output: Path) -> Iterator[list[Tracker]]:
+    """Who follows the training, as the recipe asks for it."""
+    monitor, recipe, planned = run.recipe.monitor, run.recipe, run.planned("train")
+    name = f"{recipe.name}-{recipe.train.method}"
+    trackers: list[Tracker] = []
+    with ExitStack() as stack:
+        sent = stack.enter_context(
+            wandb_run(monitor.wandb, name, planned.version, recipe.train.model_dump(mode="json"))
+        )
+        if sent:
+            trackers.append(sent)
+        if monitor.tensorboard:
+            folder = output / TENSORBOARD_FOLDER
+            trackers.append(stack.enter_context(closing(TensorBoard(folder))))
+            log.info("train: follow it with `tensorboard --logdir %s`", folder)
+        yield trackers
 
 
 def model_card(run: PipelineRun, last: dict[str, Any]) -> str:
@@ -161,6 +204,7 @@ def training_job(
         checkpoints=checkpoints,
         checkpoint_minutes=run.recipe.resources.checkpoint_minutes,
         resume=resume,
+        monitor=run.recipe.monitor if run.recipe.monitor.heldout_steps else None,
     )
 
 

@@ -31,6 +31,7 @@ from fpo_core.training.bad_batch import keep_bad_batch
 from fpo_core.training.cached import cached_batch
 from fpo_core.training.checkpoint import (
     Checkpoint,
+    begin_logs,
     folder_name,
     full_masters,
     load_checkpoint,
@@ -51,6 +52,7 @@ from fpo_core.training.examples import (
     num_steps,
     read_examples,
 )
+from fpo_core.training.heldout import HeldoutMonitor
 from fpo_core.training.job import (
     BAD_BATCH_FILE,
     ERROR_FILE,
@@ -80,11 +82,12 @@ class Trainer:
         self.device = start_distributed()
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.loss = PairLoss(job.settings, self._saes(), self._live_reference())
-        self.examples = self._examples()
+        self.examples = self._examples("train")
         self.steps = num_steps(len(self.examples), job.settings.batch_size, job.settings.epochs)
         self.engine = self._engine()
         self.grad_norm: float | None = None
         self.done = self._resumed()
+        self.heldout = self._heldout_monitor()
         self.saved_at, self.unsaved = time.monotonic(), 0
         self.asked_to_stop = False
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -110,12 +113,13 @@ class Trainer:
         return step
 
     def _saes(self) -> list[AttachedSae]:
+        decoder = self.job.monitor is not None  # for the FVU on held-out pairs
         return [
-            AttachedSae(load_coder(sae.folder, decoder=False).to(self.device), sae.hookpoint)
+            AttachedSae(load_coder(sae.folder, decoder=decoder).to(self.device), sae.hookpoint)
             for sae in self.job.saes
         ]
 
-    def _examples(self) -> list[Example]:
+    def _examples(self, split: str) -> list[Example]:
         settings = self.job.settings
         caches = [
             FeatureShards(
@@ -126,7 +130,16 @@ class Trainer:
                 zip(self.job.saes, self.loss.saes, strict=True)
             )
         ]  # fmt: skip
-        return read_examples(self.job.pairs, self.job.reference, caches, settings.k, "train")
+        return read_examples(self.job.pairs, self.job.reference, caches, settings.k, split)
+
+    def _heldout_monitor(self) -> HeldoutMonitor | None:
+        """What measures the policy on held-out pairs, where the job asks for it and has some."""
+        if self.job.monitor is None:
+            return None
+        examples = self._examples("heldout")[: self.job.monitor.heldout_pairs]
+        if not examples:
+            return None
+        return HeldoutMonitor(self.job, self.loss, examples, self._micro_batches, self.device)
 
     def _live_reference(self) -> Any:
         """The frozen reference model, for objectives with a KL; the others never load it."""
@@ -158,8 +171,10 @@ class Trainer:
             len(self.examples), settings.batch_size, settings.epochs, settings.seed
         )
         metrics = self.job.output / METRICS_FILE
-        if self.rank == 0 and self.job.resume:
-            metrics.write_bytes((self.job.resume / METRICS_FILE).read_bytes())
+        if self.rank == 0:
+            begin_logs(self.job.output, self.job.resume)
+        if self.heldout:
+            self.heldout.after_step(self.engine, self.done, last=False)
         with metrics.open("a") as log:
             for step, rows in itertools.islice(enumerate(order, start=1), self.done, None):
                 started = time.monotonic()
@@ -168,6 +183,10 @@ class Trainer:
                     record = self._record(step, sums, len(rows), time.monotonic() - started)
                     log.write(json.dumps(record) + "\n")
                     log.flush()
+                if self.heldout:
+                    self.heldout.after_step(
+                        self.engine, step, last=step == self.steps, stop=lambda: self.asked_to_stop
+                    )
                 if step < self.steps and self._to_save(step):
                     return
         self._save()
@@ -195,7 +214,7 @@ class Trainer:
         folder = self.job.checkpoints / folder_name(step)
         meta = Checkpoint(step, self.world, self.job.version)
         try:
-            save_checkpoint(self.engine, folder, meta, self.rank, self.job.output / METRICS_FILE)
+            save_checkpoint(self.engine, folder, meta, self.rank, self.job.output)
         except (OSError, SafetensorError) as error:
             self.unsaved += 1
             told = f"rank {self.rank} could not write checkpoint {folder.name}: {error}"

@@ -1,5 +1,6 @@
 """Training that is killed, stopped and resumed, in real DeepSpeed workers."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from fpo_core.errors import FPOError, Preempted
-from fpo_core.recipe.schema import TrainSettings
+from fpo_core.recipe.schema import MonitorSettings, TrainSettings
 from fpo_core.training.checkpoint import is_complete
 from fpo_core.training.engine import lr_factor
 from fpo_core.training.launch import run_workers
@@ -47,6 +48,10 @@ def killed(spec, ranks, at_step, how=signal.SIGKILL):
     return error.value
 
 
+def read_heldout(spec):
+    return [json.loads(line) for line in (spec.output / "heldout.jsonl").read_text().splitlines()]
+
+
 def newest(spec):
     return max(folder for folder in spec.checkpoints.glob("step-*") if is_complete(folder))
 
@@ -61,12 +66,16 @@ def newest(spec):
         (3, {"method": "dpo", "zero_stage": 3, "optimizer": "rmsprop"}),
     ],
 )
-def test_killed_training_resumes_to_the_same_bytes(caches, tmp_path, ranks, settings):
-    """SIGKILL to one rank in mid-run, resumed from what it had saved: weights and loss curve."""
+def test_killed_training_resumes_to_the_same_bytes(heldout_caches, tmp_path, ranks, settings):
+    """SIGKILL to one rank in mid-run, resumed from what it had saved: weights and loss curve.
+
+    The killed one measures held-out pairs, which the whole one does not: that changes nothing.
+    """
     settings = {"epochs": 20, "warmup_steps": 2, "lr": 1e-4, **settings}
-    whole = job(caches, tmp_path / "whole", **settings)
+    whole = job(heldout_caches, tmp_path / "whole", **settings)
     expected, weights = run(whole, ranks)
-    cut = job(caches, tmp_path / "cut", **settings).model_copy(update=SAVING)
+    watched = {**SAVING, "monitor": MonitorSettings(heldout_steps=2)}
+    cut = job(heldout_caches, tmp_path / "cut", **settings).model_copy(update=watched)
     killed(cut, ranks, at_step=3)
     checkpoint = newest(cut)
     assert checkpoint.name >= "step-00000002"
@@ -77,6 +86,10 @@ def test_killed_training_resumes_to_the_same_bytes(caches, tmp_path, ranks, sett
     assert [r["lr"] for r in records] == [r["lr"] for r in expected]
     assert weights.keys() == resumed.keys()
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    before, after = (read_heldout(spec) for spec in (cut, again))
+    assert [record["step"] for record in after] == list(range(0, 41, 2))
+    # Of the killed run's records, those up to its checkpoint were kept; later ones came again.
+    assert after[: len(before)] == before
 
 
 @pytest.mark.slow

@@ -25,7 +25,8 @@ def written(keeper, step):
     folder = keeper.local / folder_name(step)
     folder.mkdir(parents=True)
     (folder / "state-00000-of-00001.safetensors").write_text(f"state {step}")
-    (folder / "metrics.jsonl").write_text("{}")
+    for log in ("metrics.jsonl", "heldout.jsonl"):
+        (folder / log).write_text("{}")
     meta = {"step": step, "ranks": 1, "version": VERSION}
     (folder / "checkpoint.json").write_text(json.dumps(meta))
     return folder
