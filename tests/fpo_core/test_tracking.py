@@ -73,6 +73,8 @@ def offline_records(folder):
         if 32768 - place % 32768 < 7:
             place += 32768 - place % 32768
         length, kind = struct.unpack_from("<HB", data, place + 4)
+        if place + 7 + length > len(data):  # is being written
+            break
         pieces += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):
