@@ -51,6 +51,7 @@ def whole(tmp_path_factory) -> Whole:
     recipe = save_recipe(
         folder, data={"shard_pairs": 2}, train={"epochs": 4, "batch_size": 16},
         evaluation={"prompts": 1}, resources={"checkpoint_minutes": 0},
+        monitor={"heldout_steps": 5},
     )  # fmt: skip
     save_pairs(folder / "train.jsonl", 90)
     run = Whole(recipe, folder / "store")

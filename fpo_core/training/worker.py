@@ -40,6 +40,7 @@ from fpo_core.training.checkpoint import (
 )
 from fpo_core.training.engine import (
     fp32_grad_norm,
+    lr_factor,
     make_engine,
     set_schedule,
     start_distributed,
@@ -286,7 +287,8 @@ class Trainer:
             "pairs": pairs,
             **means,
             "grad_norm": self._grad_norm(),
-            "lr": float(self.engine.get_lr()[0]),
+            # The step's own: the engine's schedule is at the next one by now.
+            "lr": self.job.settings.lr * lr_factor(self.job.settings, step - 1, self.steps),
             "seconds": seconds,
             "tokens_per_second": sums["tokens"] / seconds,
             "peak_memory_mb": peak_memory_mb(),

@@ -152,13 +152,15 @@ def test_repeated_run_is_bitwise_the_same_however_it_is_watched(heldout_caches, 
     """With figures on held-out pairs and without: same weights, same curve."""
     heldout, weights, curves = [], [], []
     for name, monitor in (("one", None), ("two", MonitorSettings(heldout_steps=3))):
-        spec = job(heldout_caches, tmp_path / name).model_copy(update={"monitor": monitor})
+        spec = job(heldout_caches, tmp_path / name, warmup_steps=2)
+        spec = spec.model_copy(update={"monitor": monitor})
         records = []
         run_workers(spec, 1, records.append, on_heldout=heldout.append)
         weights.append(load_file(spec.output / "model" / "model.safetensors"))
         curves.append([(record["loss"], record["grad_norm"]) for record in records])
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert curves[0] == curves[1]
+    assert [record["lr"] for record in records] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3])
     assert [record["step"] for record in heldout] == [0, 3, 4]  # every third, and the last
     assert heldout[0]["pairs"] == 6
 
