@@ -53,7 +53,7 @@ from fpo_core.training.examples import (
     num_steps,
     read_examples,
 )
-from fpo_core.training.heldout import HeldoutMonitor
+from fpo_core.training.heldout import HeldoutMonitor, heldout_part
 from fpo_core.training.job import (
     BAD_BATCH_FILE,
     ERROR_FILE,
@@ -83,7 +83,7 @@ class Trainer:
         self.device = start_distributed()
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.loss = PairLoss(job.settings, self._saes(), self._live_reference())
-        self.examples = self._examples("train")
+        self.examples = self._examples(self.job, "train")
         self.steps = num_steps(len(self.examples), job.settings.batch_size, job.settings.epochs)
         self.engine = self._engine()
         self.grad_norm: float | None = None
@@ -120,24 +120,25 @@ class Trainer:
             for sae in self.job.saes
         ]
 
-    def _examples(self, split: str) -> list[Example]:
-        settings = self.job.settings
+    def _examples(self, job: TrainingJob, split: str) -> list[Example]:
+        settings = job.settings
         caches = [
             FeatureShards(
                 sae.pooled, sae.tokens, attached.coder.d_sae,
                 settings.pinned if number == 0 else (), sae.label,
             )
             for number, (sae, attached) in enumerate(
-                zip(self.job.saes, self.loss.saes, strict=True)
+                zip(job.saes, self.loss.saes, strict=True)
             )
         ]  # fmt: skip
-        return read_examples(self.job.pairs, self.job.reference, caches, settings.k, split)
+        return read_examples(job.pairs, job.reference, caches, settings.k, split)
 
     def _heldout_monitor(self) -> HeldoutMonitor | None:
         """What measures the policy on held-out pairs, where the job asks for it and has some."""
         if self.job.monitor is None:
             return None
-        examples = self._examples("heldout")[: self.job.monitor.heldout_pairs]
+        pairs = self.job.monitor.heldout_pairs
+        examples = self._examples(heldout_part(self.job, pairs), "heldout")[:pairs]
         if not examples:
             return None
         return HeldoutMonitor(self.job, self.loss, examples, self._micro_batches, self.device)

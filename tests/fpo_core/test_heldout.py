@@ -5,6 +5,8 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,7 +19,8 @@ from fpo_core.sae.health import Health, sae_health, usual_range
 from fpo_core.training import heldout
 from fpo_core.training.engine import Policy
 from fpo_core.training.examples import FeatureShards, read_examples
-from fpo_core.training.heldout import HeldoutMonitor, heldout_line
+from fpo_core.training.heldout import HeldoutMonitor, heldout_line, heldout_part
+from fpo_core.training.launch import _Tail, _tell_of_records
 from fpo_core.training.loss import PairLoss
 from tests.fpo_core.workers import FIRST, job, sae
 from tests.tiny import SAE_LAYER
@@ -26,12 +29,32 @@ K, BETA, ALPHA = 8, 0.1, 0.5
 
 
 @pytest.fixture(autouse=True)
-def process_group():
+def process_group(tmp_path_factory):
+    meeting = tmp_path_factory.mktemp("group") / "point"
     torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.distributed_c10d.HashStore(), rank=0, world_size=1
+        "gloo", init_method=f"file://{meeting}", rank=0, world_size=1
     )
     yield
     torch.distributed.destroy_process_group()
+
+
+def test_records_are_told_by_step_a_steps_own_first(tmp_path):
+    """Of the two files, whichever is read first, and a line that is being written not yet."""
+    steps, held = tmp_path / "metrics.jsonl", tmp_path / "heldout.jsonl"
+    told = []
+    tails = {path.name: _Tail(path) for path in (steps, held)}
+    tell = {
+        "metrics.jsonl": lambda record: told.append(("step", record["step"])),
+        "heldout.jsonl": lambda record: told.append(("held-out", record["step"])),
+    }
+    held.write_text('{"step": 0}\n{"step": 2}\n')
+    steps.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step"')
+    _tell_of_records(tails, tell)
+    assert told == [("held-out", 0), ("step", 1), ("step", 2), ("held-out", 2), ("step", 3)]
+    with steps.open("a") as log:
+        log.write(": 4}\n")
+    _tell_of_records(tails, tell)
+    assert told[5:] == [("step", 4)]
 
 
 @pytest.fixture
@@ -158,6 +181,23 @@ def test_the_figures_are_those_of_each_response_by_itself(heldout_caches, policy
     assert line.startswith("held-out after step 4: loss ")
     assert f"FVU {fvu:.4g}, L0 " in line
     assert all(weight.grad is None for weight in policy.parameters())
+
+
+def test_only_the_shards_of_the_first_held_out_pairs_are_read_again(tmp_path):
+    splits = ["train", "train", "heldout"], ["heldout", "heldout"], ["train"], ["heldout"]
+    files = [tmp_path / f"{number}.parquet" for number in range(len(splits))]
+    for file, split in zip(files, splits, strict=True):
+        pq.write_table(pa.table({"split": split}), file)
+    spec = job(tmp_path, tmp_path).model_copy(
+        update={"pairs": tuple(files), "reference": tuple(files)}
+    )
+    one = spec.saes[0].model_copy(update={"pooled": tuple(files)})
+    spec = spec.model_copy(update={"saes": (one,)})
+    for pairs, wanted in ((1, [0]), (2, [0, 1]), (3, [0, 1]), (9, [0, 1, 3])):
+        part = heldout_part(spec, pairs)
+        for shards in (part.pairs, part.reference, part.saes[0].pooled):
+            assert shards == tuple(files[number] for number in wanted)
+        assert part.saes[0].tokens == ()
 
 
 def test_the_range_is_of_the_pairs_and_leaves_room():
