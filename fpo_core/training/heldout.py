@@ -68,12 +68,13 @@ class HeldoutMonitor:
             last: no step follows.
             stop: whether this rank was told to stop. The measurement is then given up, for who
                 goes on from here to make; the first one of a run is not, as nothing would be left
-                to compare with.
+                to compare with, nor the last, which no one would make.
         """
         done = bool(self.records) and self.records[-1]["step"] == step
         if done or not (last or step % self.every == 0):
             return
-        found = self._measure(engine, stop if self.records else lambda: False)
+        may_give_up = bool(self.records) and not last
+        found = self._measure(engine, stop if may_give_up else lambda: False)
         if self.device != "cpu":
             torch.cuda.empty_cache()  # what the reference model took is training's again
         if found is None:

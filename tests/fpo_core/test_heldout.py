@@ -300,6 +300,8 @@ def test_who_is_told_to_stop_gives_a_measurement_up_but_not_the_first(
     assert len(asked) == 2
     watch.after_step(engine(policy), 2, last=False)
     assert [record["step"] for record in records(tmp_path)] == [0, 2]
+    watch.after_step(engine(policy), 3, last=True, stop=stop)  # nothing is left to stop
+    assert [record["step"] for record in records(tmp_path)] == [0, 2, 3]
 
 
 def test_the_reference_is_in_memory_for_the_measurement_only(heldout_caches, policy, tmp_path):
