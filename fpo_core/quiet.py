@@ -1,6 +1,7 @@
 """Library defaults for a tool that runs on other people's machines: no telemetry, little noise.
 
-Each is only a default: what the user sets in the environment stands.
+Each is only a default: what the user sets in the environment stands. Weights & Biases has none: it
+does nothing until a recipe's ``monitor.wandb`` asks for it, and then as ``WANDB_MODE`` says.
 """
 
 import logging
@@ -11,7 +12,6 @@ _DEFAULTS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
-    "WANDB_MODE": "disabled",
     "WANDB_ERROR_REPORTING": "false",
     "ANONYMIZED_TELEMETRY": "false",
     "TRANSFORMERS_VERBOSITY": "error",

@@ -22,6 +22,7 @@ from tasks.run import Outcome, PipelineRun
 log = logging.getLogger("fpo.stage")
 
 SHOWN_FEATURES = 12
+HELDOUT = "heldout.parquet"  # of a policy whose training was measured on held-out pairs
 
 
 def write_report(
@@ -64,7 +65,8 @@ def is_current(run: PipelineRun, folder: Path) -> bool:
 
 def gather(run: PipelineRun, outcomes: Mapping[str, Outcome]) -> RunReport:
     """Everything the report shows, read from the run's artifacts."""
-    evaluation = run.artifact("evaluate")
+    evaluation, policy = run.artifact("evaluate"), run.artifact("train")
+    watched = HELDOUT in policy.manifest["files"]
     metrics = json.loads(evaluation.path("metrics.json").read_text())
     answers = pl.read_parquet(evaluation.path("answers.parquet")).to_dicts()
     recipe = run.recipe.model_dump(mode="json", exclude_none=True)
@@ -75,7 +77,7 @@ def gather(run: PipelineRun, outcomes: Mapping[str, Outcome]) -> RunReport:
         created=evaluation.manifest["created"],
         git_commit=evaluation.manifest["provenance"].get("git_commit"),
         stages=tuple(_stage(run, stage, outcomes.get(stage)) for stage in run.plan.stages),
-        training=pl.read_parquet(run.artifact("train").path("metrics.parquet")),
+        training=pl.read_parquet(policy.path("metrics.parquet")),
         metrics=tuple(_metric(record) for record in metrics),
         features=_features(run),
         samples=tuple(
@@ -86,6 +88,7 @@ def gather(run: PipelineRun, outcomes: Mapping[str, Outcome]) -> RunReport:
         notes=(),
         evaluation=f"{evaluation.stage}/{evaluation.version}",
         heldout_pairs=evaluation.manifest["stats"]["heldout_pairs"],
+        heldout=pl.read_parquet(policy.path(HELDOUT)) if watched else pl.DataFrame(),
     )
 
 

@@ -19,6 +19,7 @@ from fpo_core.models.load import model_folder
 from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe, load_recipe
 from fpo_core.sae.source import sae_folder
+from fpo_core.tracking import check_wandb
 from storage.artifact import Artifact
 from storage.backend import Hold
 from storage.errors import ArtifactMissing, StoreError
@@ -241,10 +242,12 @@ def prepare_run(
         The run and the stages it is to bring about, in order.
 
     Raises:
-        FPOError: a recipe, model, SAE or data file that is not there or not valid.
+        FPOError: a recipe, model, SAE or data file that is not there or not valid, or a package
+            that a setting needs.
         StoreError: a store that cannot be opened or written.
     """
     settings = load_recipe(recipe, overrides)
+    check_wandb(settings.monitor.wandb)
     artifacts = recipe_store(settings, store)
     artifacts.check_writable()
     plan = make_plan(settings, artifacts)

@@ -65,4 +65,5 @@ def training_job(run: PipelineRun, places: Places) -> TrainingJob:
         checkpoints=places.checkpoints,
         checkpoint_minutes=resources.checkpoint_minutes,
         resume=places.resume,
+        monitor=run.recipe.monitor if run.recipe.monitor.heldout_steps else None,
     )

@@ -2,7 +2,8 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from fpo_core.models.load import load_tokenizer
 from fpo_core.models.source import identify
 from fpo_core.progress import Progress
 from fpo_core.sae.source import identify_sae
+from fpo_core.tracking import EVENT_FILE, TensorBoard, Tracker, wandb_run
 from fpo_core.training.job import BAD_BATCH_FILE, MODEL_FOLDER, RANK_LOG, TrainingJob
 from storage.errors import StoreError
 from storage.writer import ArtifactWriter
@@ -22,6 +24,7 @@ from tasks.run import PipelineRun, Work
 from tasks.transfer import bytes_progress
 
 log = logging.getLogger("fpo.stage")
+TENSORBOARD_FOLDER = "tensorboard"
 
 # What the model card shows of the last step, where it was measured.
 SHOWN = ("loss", "accuracy", "margin", "discrepancy_chosen", "discrepancy_rejected")
@@ -55,6 +58,7 @@ def run_training(
         FPOError: the workers' own; with the place of the batches they kept, where they kept any.
     """
     from fpo_core.training.checkpoint import read_meta
+    from fpo_core.training.heldout import heldout_line, read_records
     from fpo_core.training.launch import run_workers
     from fpo_core.training.saved import check_saved
 
@@ -67,16 +71,29 @@ def run_training(
     if saved:
         log.info("%s: going on from %s", stage, saved.name)
     records: list[dict[str, Any]] = []
-    steps = _total_steps(run, pairs, job)
-    with Progress(stage, total=steps, unit="step", done=earlier) as progress, keeper:
+    heldout: list[dict[str, Any]] = []
+    known = len(read_records(job))  # held-out records that come again
+    progress = Progress(stage, total=_total_steps(run, pairs, job), unit="step", done=earlier)
+    with progress, keeper, _trackers(run, stage, job) as trackers:
 
         def on_step(record: dict[str, Any]) -> None:
             records.append(record)
+            for tracker in trackers:
+                tracker.log("train", record)
             if record["step"] > earlier:
-                progress.advance(1, _note(record))
+                progress.advance(1, _note(record, heldout))
+
+        def on_heldout(record: dict[str, Any]) -> None:
+            heldout.append(record)
+            for tracker in trackers:
+                tracker.log("heldout", record)
+            if len(heldout) > known:
+                log.info("%s: %s", stage, heldout_line(record))
 
         try:
-            run_workers(job, run.recipe.resources.ranks, on_step, keeper.keep)
+            run_workers(
+                job, run.recipe.resources.ranks, on_step, keeper.keep, on_heldout=on_heldout
+            )
         except FPOError as error:
             raise _with_kept_files(run, output, error) from error
         finally:
@@ -89,9 +106,13 @@ def run_training(
     with bytes_progress("storing the policy", sum(path.stat().st_size for path in files)) as done:
         for path in files:
             writer.put_file(f"model/{path.name}", path, done)
-    metrics = output / "metrics.parquet"
-    pl.DataFrame(records).write_parquet(metrics)
-    writer.put_file("metrics.parquet", metrics)
+    for name, table in (("metrics", records), ("heldout", heldout)):
+        if table:
+            path = output / f"{name}.parquet"
+            pl.DataFrame(table, infer_schema_length=None).write_parquet(path)
+            writer.put_file(path.name, path)
+    for path in (output / TENSORBOARD_FOLDER).glob("*tfevents*"):
+        writer.put_file(f"{TENSORBOARD_FOLDER}/{EVENT_FILE}", path)
     stats = {
         "steps": records[-1]["steps"],
         "first_loss": records[0]["loss"],
@@ -104,9 +125,30 @@ def run_training(
     return Work(stats, int(tokens))
 
 
-def _note(record: dict[str, Any]) -> str:
+@contextmanager
+def _trackers(run: PipelineRun, stage: str, job: TrainingJob) -> Iterator[list[Tracker]]:
+    """Who follows the training, as the recipe asks for it."""
+    monitor, method = run.recipe.monitor, job.settings.method
+    settings = job.settings.model_dump(mode="json")
+    trackers: list[Tracker] = []
+    with ExitStack() as stack:
+        sent = stack.enter_context(
+            wandb_run(monitor.wandb, f"{run.recipe.name}-{method}", job.version, settings)
+        )
+        if sent:
+            trackers.append(sent)
+        if monitor.tensorboard:
+            folder = job.output / TENSORBOARD_FOLDER
+            trackers.append(stack.enter_context(closing(TensorBoard(folder))))
+            log.info("%s: follow it with `tensorboard --logdir %s`", stage, folder)
+        yield trackers
+
+
+def _note(record: dict[str, Any], heldout: list[dict[str, Any]]) -> str:
     note = f"loss {record['loss']:.3f}"
-    return f"{note}, accuracy {record['accuracy']:.2f}" if "accuracy" in record else note
+    if "accuracy" in record:
+        note += f", accuracy {record['accuracy']:.2f}"
+    return f"{note} (held-out {heldout[-1]['accuracy']:.2f})" if heldout else note
 
 
 def model_card(run: PipelineRun, stage: str, last: dict[str, Any]) -> str:

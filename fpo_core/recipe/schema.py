@@ -311,6 +311,25 @@ class EvaluationSettings(Settings):
     seed: int = 0
 
 
+class MonitorSettings(Settings):
+    """What is measured and shown while the policy trains; it does not change the policy."""
+
+    heldout_steps: Annotated[int, Field(ge=0)] = Field(
+        default=100,
+        description="steps from one measurement on held-out pairs to the next, beside those before "
+        "the first step and after the last; 0: none at all",
+    )
+    heldout_pairs: Count = Field(
+        default=64, description="held-out pairs measured on, the first ones of the split"
+    )
+    tensorboard: bool = Field(
+        default=True, description="write TensorBoard event files, and keep them with the policy"
+    )
+    wandb: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="Weights & Biases project that the figures are sent to"
+    )
+
+
 class ResourceSettings(Settings):
     """How the work is done; changes speed and memory, not the result."""
 
@@ -352,6 +371,7 @@ class Recipe(Settings):
     features: FeatureSettings = FeatureSettings()
     train: TrainSettings = TrainSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    monitor: MonitorSettings = MonitorSettings()
     resources: ResourceSettings = ResourceSettings()
     store: StoreSettings = StoreSettings()
 

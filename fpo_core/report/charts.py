@@ -26,6 +26,7 @@ SIDES: tuple[Side, ...] = ("chosen", "rejected")
 SIDE_COLOURS = {"chosen": palette.CHOSEN.light, "rejected": palette.REJECTED.light}
 CHART_NAMES = (
     "loss", "accuracy", "margin", "discrepancy", "features_chosen", "features_rejected",
+    "heldout_accuracy", "heldout_kl", "heldout_fvu",
 )  # fmt: skip
 
 
@@ -85,8 +86,8 @@ def draw(report: RunReport) -> Drawn:
             # The policy starts as the reference: u = 0 and the loss is log 2.
             curve = curve._replace(level=math.log(2), level_name="log 2, where it starts")
         read.append(series)
-        chart = _layers(curve, {curve.title: series}, {curve.title: palette.CURVE.light})
-        curves.append(_figure(curve.column, chart, curve.title, _curve_caption(curve, series)))
+        chart = layers(curve, {curve.title: series}, {curve.title: palette.CURVE.light})
+        curves.append(figure(curve.column, chart, curve.title, _curve_caption(curve, series)))
     sides = {side: read_series(report.training, f"discrepancy_{side}") for side in SIDES}
     found = {side: series for side, series in sides.items() if series is not None}
     if found:
@@ -112,13 +113,14 @@ def _discrepancy_figure(found: dict[str, Series]) -> Figure:
     ]
     skipped = max(found.values(), key=lambda series: series.skipped)
     caption = f"First step to last tenth: {', '.join(ends)}.{_skipped(skipped)}"
-    chart = _layers(curve, found, SIDE_COLOURS, named=True)
-    return _figure("discrepancy", chart, curve.title, caption)
+    chart = layers(curve, found, SIDE_COLOURS, named=True)
+    return figure("discrepancy", chart, curve.title, caption)
 
 
-def _layers(
+def layers(
     curve: Curve, series: dict[str, Series], colours: dict[str, str], *, named: bool = False
 ) -> Chart:
+    """A chart of lines over steps, each in its colour and, where ``named``, with its name."""
     steps = alt.Axis(grid=False, format=",d", labelFlush=False, tickCount=6, tickMinStep=1)
     x = alt.X("step:Q").title("step").axis(steps)
     domain = alt.Scale(domain=[0, 1]) if curve.shares else alt.Scale(zero=False, nice=True)
@@ -223,7 +225,7 @@ def _feature_figure(side: Side, rows: Sequence[FeatureShift], scale: alt.Scale) 
         f"{rising} of these {len(rows)} features became more active, "
         f"{sum(f.policy < f.reference for f in rows)} less."
     )
-    return _figure(f"features_{side}", chart, f"Features that moved most on {side}", caption)
+    return figure(f"features_{side}", chart, f"Features that moved most on {side}", caption)
 
 
 def _curve_caption(curve: Curve, series: Series) -> str:
@@ -259,7 +261,8 @@ def _title(title: str, subtitle: str) -> alt.TitleParams:
     return alt.TitleParams(text=title, subtitle=subtitle)
 
 
-def _figure(name: str, chart: Chart, title: str, caption: str) -> Figure:
+def figure(name: str, chart: Chart, title: str, caption: str) -> Figure:
+    """A chart drawn, with its caption."""
     spec = chart.to_dict()
     spec |= {
         "autosize": {"type": "fit", "contains": "padding"},

@@ -4,7 +4,7 @@ Rendering reads only this module's types, so that a report can be made from any 
 or in a notebook.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import polars as pl
@@ -90,3 +90,4 @@ class RunReport:
     notes: tuple[str, ...]
     evaluation: str = ""  # the artifact it was made from
     heldout_pairs: int | None = None  # that the intervals are over
+    heldout: pl.DataFrame = field(default_factory=pl.DataFrame)  # a row a measurement in training

@@ -15,8 +15,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fpo_core.report import palette, view
-from fpo_core.report.charts import CHART_NAMES, Drawn, draw
+from fpo_core.report.charts import CHART_NAMES, Drawn, Figure, draw
 from fpo_core.report.findings import headline
+from fpo_core.report.heldout import heldout_figures
 from fpo_core.report.model import RunReport
 
 TEMPLATE = "template.html.j2"
@@ -36,10 +37,11 @@ def render(report: RunReport, out_dir: Path) -> Path:
         The HTML file.
     """
     drawn = draw(report)
-    html = _page(report, drawn)
+    watched = heldout_figures(report.heldout)
+    html = _page(report, drawn, watched)
     charts = out_dir / "charts"
     charts.mkdir(parents=True, exist_ok=True)
-    figures = {figure.name: figure.png for figure in (*drawn.curves, *drawn.features)}
+    figures = {figure.name: figure.png for figure in (*drawn.curves, *drawn.features, *watched)}
     for name in CHART_NAMES:
         path = charts / f"{name}.png"
         if name in figures:
@@ -51,7 +53,7 @@ def render(report: RunReport, out_dir: Path) -> Path:
     return page
 
 
-def _page(report: RunReport, drawn: Drawn) -> str:
+def _page(report: RunReport, drawn: Drawn, watched: tuple[Figure, ...]) -> str:
     environment = Environment(
         loader=PackageLoader("fpo_core.report", "."),
         autoescape=True,
@@ -65,6 +67,7 @@ def _page(report: RunReport, drawn: Drawn) -> str:
     return environment.get_template(TEMPLATE).render(
         report=report,
         drawn=drawn,
+        watched=watched,
         headline=headline(report),
         created=view.created_text(report.created),
         metrics=[view.metric_view(metric) for metric in report.metrics],

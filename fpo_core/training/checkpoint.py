@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fpo_core.errors import FPOError
-from fpo_core.training.job import METRICS_FILE, TrainingJob
+from fpo_core.training.job import LOG_FILES, TrainingJob
 
 META_FILE = "checkpoint.json"
 MASTER = "master"  # beside the optimizer's own names: exp_avg, exp_avg_sq, square_avg
@@ -37,7 +37,7 @@ class Checkpoint(NamedTuple):
     def files(self) -> tuple[str, ...]:
         """The files of a complete one."""
         states = (_state_file(rank, self.ranks) for rank in range(self.ranks))
-        return (*states, METRICS_FILE, META_FILE)
+        return (*states, *LOG_FILES, META_FILE)
 
 
 def folder_name(step: int) -> str:
@@ -84,7 +84,7 @@ def check_same_run(meta: Checkpoint, job: TrainingJob) -> None:
     )
 
 
-def save_checkpoint(engine: Any, folder: Path, meta: Checkpoint, rank: int, metrics: Path) -> None:
+def save_checkpoint(engine: Any, folder: Path, meta: Checkpoint, rank: int, output: Path) -> None:
     """Write this rank's part; all ranks have to call it at the same step.
 
     Args:
@@ -92,7 +92,7 @@ def save_checkpoint(engine: Any, folder: Path, meta: Checkpoint, rank: int, metr
         folder: the checkpoint's.
         meta: what it says of itself.
         rank: this rank.
-        metrics: the run's log so far, kept with rank 0's part.
+        output: where the run's logs are; they are kept with rank 0's part.
 
     Raises:
         OSError: the disk cannot take it (SafetensorError where that library says it).
@@ -110,8 +110,9 @@ def save_checkpoint(engine: Any, folder: Path, meta: Checkpoint, rank: int, metr
     with _renamed(folder / _state_file(rank, meta.ranks)) as partial:
         save_file(mine, partial, metadata=counters)
     if rank == 0:
-        with _renamed(folder / metrics.name) as partial:
-            shutil.copyfile(metrics, partial)
+        for name in LOG_FILES:
+            with _renamed(folder / name) as partial:
+                shutil.copyfile(output / name, partial)
         with _renamed(folder / META_FILE) as partial:
             partial.write_text(json.dumps(meta._asdict()))
 
@@ -125,6 +126,14 @@ def _renamed(file: Path) -> Iterator[Path]:
         partial.rename(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def begin_logs(output: Path, resume: Path | None) -> None:
+    """Put the run's logs in place: as the checkpoint to go on from has them, else empty."""
+    for name in LOG_FILES:
+        saved = resume / name if resume else None
+        with _renamed(output / name) as partial:  # who follows them sees a whole one
+            partial.write_bytes(saved.read_bytes() if saved and saved.is_file() else b"")
 
 
 def load_checkpoint(engine: Any, folder: Path) -> int:

@@ -7,10 +7,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from fpo_core.hookpoint import Hookpoint
-from fpo_core.recipe.schema import TrainSettings
+from fpo_core.recipe.schema import MonitorSettings, TrainSettings
 
 # What the workers write below the job's output folder.
 METRICS_FILE, MODEL_FOLDER = "metrics.jsonl", "model"
+HELDOUT_FILE = "heldout.jsonl"  # a line a measurement on held-out pairs
+LOG_FILES = (METRICS_FILE, HELDOUT_FILE)  # what a resumed run goes on writing
 RANK_LOG = "train-rank{rank}.log"  # all that a rank's process said
 ERROR_FILE = "error-rank{rank}.json"  # why a rank failed, and when
 LAST_FILE = "last.json"  # log-probs of one pair by the trained policy, to check what was saved
@@ -49,12 +51,13 @@ class TrainingJob(BaseModel):
     reference_dtype: str  # dtype the caches were computed in; bounds the drift at step 0
     tokens_per_batch: int
     threads: int | None
-    output: Path  # receives model/, metrics.jsonl and the ranks' logs
+    output: Path  # receives model/, metrics.jsonl, heldout.jsonl and the ranks' logs
     version: str  # of the policy to be made, which a checkpoint has to be of
     made_from: dict[str, Any]  # settings and inputs that the version follows from
     checkpoints: Path  # receives a folder a checkpoint
     checkpoint_minutes: float
     resume: Path | None = None  # the checkpoint to go on from
+    monitor: MonitorSettings | None = None  # None: nothing is measured on held-out pairs
 
     def save(self, path: Path) -> None:
         """Write the job for the workers."""

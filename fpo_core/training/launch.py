@@ -24,6 +24,8 @@ from fpo_core.processes import end_with_parent
 from fpo_core.training.checkpoint import is_complete
 from fpo_core.training.job import (
     ERROR_FILE,
+    HELDOUT_FILE,
+    LOG_FILES,
     METRICS_FILE,
     PREEMPTED_FILE,
     WARNINGS_FILE,
@@ -45,6 +47,7 @@ def run_workers(
     ranks: int,
     on_step: Callable[[dict[str, Any]], None],
     on_checkpoint: Callable[[Path], None] = lambda _folder: None,
+    on_heldout: Callable[[dict[str, Any]], None] = lambda _record: None,
 ) -> None:
     """Run a training job to its end in worker processes.
 
@@ -57,6 +60,8 @@ def run_workers(
         on_step: called with every step's metrics as rank 0 writes them, with those before
             ``job.resume`` first.
         on_checkpoint: called with the folder of every checkpoint that is complete.
+        on_heldout: called with every record on held-out pairs, as ``on_step`` is; the two come in
+            the order of their steps.
 
     Raises:
         FPOError: with the worker's own message, or the end of its log when it crashed.
@@ -68,7 +73,7 @@ def run_workers(
         )
     job.output.mkdir(parents=True, exist_ok=True)
     job.checkpoints.mkdir(parents=True, exist_ok=True)
-    for name in (ERROR_FILE.format(rank="*"), METRICS_FILE, WARNINGS_FILE, PREEMPTED_FILE):
+    for name in (ERROR_FILE.format(rank="*"), *LOG_FILES, WARNINGS_FILE, PREEMPTED_FILE):
         for file in job.output.glob(name):
             file.unlink()
     job.save(job.output / JOB_FILE)
@@ -83,13 +88,14 @@ def run_workers(
             preexec_fn=end_with_parent(),
         )  # fmt: skip
         seen: set[Path] = set()
-        metrics, warnings = (_Tail(job.output / name) for name in (METRICS_FILE, WARNINGS_FILE))
+        warnings = _Tail(job.output / WARNINGS_FILE)
+        logs = {METRICS_FILE: on_step, HELDOUT_FILE: on_heldout}
+        tails = {name: _Tail(job.output / name) for name in logs}
         try:
             running = True
             while running:
                 running = process.poll() is None
-                for line in metrics.new_lines():
-                    on_step(json.loads(line))
+                _tell_of_records(tails, logs)
                 for line in warnings.new_lines():
                     log.warning("train: %s", line)
                 _tell_of_checkpoints(job.checkpoints, seen, on_checkpoint)
@@ -107,6 +113,19 @@ def run_workers(
         )
     if process.returncode != 0:
         raise _failure(job.output, process.returncode)
+
+
+def _tell_of_records(
+    tails: "dict[str, _Tail]", tell: dict[str, Callable[[dict[str, Any]], None]]
+) -> None:
+    """Pass new records on by step, a step's own before what was measured after it.
+
+    The workers write them in that order and ``tails`` starts with the steps, so what comes later
+    has no lower step.
+    """
+    new = [(name, json.loads(line)) for name, tail in tails.items() for line in tail.new_lines()]
+    for name, record in sorted(new, key=lambda found: found[1]["step"]):
+        tell[name](record)
 
 
 def _tell_of_checkpoints(

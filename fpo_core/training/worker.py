@@ -32,6 +32,7 @@ from fpo_core.training.bad_batch import keep_bad_batch
 from fpo_core.training.cached import cached_batch
 from fpo_core.training.checkpoint import (
     Checkpoint,
+    begin_logs,
     check_same_run,
     folder_name,
     full_masters,
@@ -41,11 +42,13 @@ from fpo_core.training.checkpoint import (
 )
 from fpo_core.training.engine import (
     fp32_grad_norm,
+    lr_factor,
     make_engine,
     set_schedule,
     start_distributed,
 )
 from fpo_core.training.examples import AlignedShards, Example, FeatureShards, check_vocabulary
+from fpo_core.training.heldout import HeldoutMonitor, heldout_part
 from fpo_core.training.job import (
     BAD_BATCH_FILE,
     ERROR_FILE,
@@ -79,7 +82,7 @@ class Trainer:
         needed = METHODS[job.settings.method].needs_reference_model
         reference = load_live_reference(job, self.device) if needed else None
         self.loss = PairLoss(job.settings, self._saes(), reference)
-        self.shards = self._shards()
+        self.shards = self._shards(job, "train")
         model = self._model()
         self.stream = ExampleStream(
             self.shards,
@@ -92,6 +95,7 @@ class Trainer:
         self.grad_norm: float | None = None
         self.data_seconds = 0.0  # of a step, for its examples and batches
         self.done = self._resumed()
+        self.heldout = self._heldout_monitor()
         self.saved_at, self.unsaved = time.monotonic(), 0
         self.asked_to_stop = False
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -112,23 +116,37 @@ class Trainer:
         return step
 
     def _saes(self) -> list[AttachedSae]:
+        decoder = self.job.monitor is not None  # for the FVU on held-out pairs
         return [
-            AttachedSae(load_coder(sae.folder, decoder=False).to(self.device), sae.hookpoint)
+            AttachedSae(load_coder(sae.folder, decoder=decoder).to(self.device), sae.hookpoint)
             for sae in self.job.saes
         ]
 
-    def _shards(self) -> AlignedShards:
-        settings = self.job.settings
+    def _shards(self, job: TrainingJob, split: str) -> AlignedShards:
+        settings = job.settings
         caches = [
             FeatureShards(
                 sae.pooled, sae.tokens, attached.coder.d_sae,
                 settings.pinned if number == 0 else (), sae.label,
             )
             for number, (sae, attached) in enumerate(
-                zip(self.job.saes, self.loss.saes, strict=True)
+                zip(job.saes, self.loss.saes, strict=True)
             )
         ]  # fmt: skip
-        return AlignedShards(self.job.pairs, self.job.reference, caches, settings.k, "train")
+        return AlignedShards(job.pairs, job.reference, caches, settings.k, split)
+
+    def _heldout_monitor(self) -> HeldoutMonitor | None:
+        """What measures the policy on held-out pairs, where the job asks for it and has some."""
+        if self.job.monitor is None:
+            return None
+        pairs = self.job.monitor.heldout_pairs
+        shards = self._shards(heldout_part(self.job, pairs), "heldout")
+        examples = [example for number in range(len(shards)) for example in shards.read(number)]
+        if not examples:
+            return None
+        return HeldoutMonitor(
+            self.job, self.loss, examples[:pairs], self._micro_batches, self.device
+        )
 
     def _model(self) -> Any:
         """The policy in float32, its masters: at lr 5e-7 a bfloat16 parameter would not move."""
@@ -148,8 +166,10 @@ class Trainer:
     def run(self) -> None:
         """Train to the end and save the policy."""
         metrics = self.job.output / METRICS_FILE
-        if self.rank == 0 and self.job.resume:
-            metrics.write_bytes((self.job.resume / METRICS_FILE).read_bytes())
+        if self.rank == 0:
+            begin_logs(self.job.output, self.job.resume)
+        if self.heldout:
+            self.heldout.after_step(self.engine, self.done, last=False)
         with metrics.open("a") as log, self.stream:
             started = time.monotonic()
             for step, batch in self.stream.batches(self.done):
@@ -159,6 +179,10 @@ class Trainer:
                     record = self._record(step, sums, len(batch), time.monotonic() - started)
                     log.write(json.dumps(record) + "\n")
                     log.flush()
+                if self.heldout:
+                    self.heldout.after_step(
+                        self.engine, step, last=step == self.steps, stop=lambda: self.asked_to_stop
+                    )
                 if step < self.steps and self._to_save(step):
                     return
                 started = time.monotonic()
@@ -187,7 +211,7 @@ class Trainer:
         folder = self.job.checkpoints / folder_name(step)
         meta = Checkpoint(step, self.world, self.job.version, self.job.made_from)
         try:
-            save_checkpoint(self.engine, folder, meta, self.rank, self.job.output / METRICS_FILE)
+            save_checkpoint(self.engine, folder, meta, self.rank, self.job.output)
         except (OSError, SafetensorError) as error:
             self.unsaved += 1
             told = f"rank {self.rank} could not write checkpoint {folder.name}: {error}"
@@ -263,7 +287,8 @@ class Trainer:
             "pairs": pairs,
             **means,
             "grad_norm": self._grad_norm(),
-            "lr": float(self.engine.get_lr()[0]),
+            # The step's own: the engine's schedule is at the next one by now.
+            "lr": self.job.settings.lr * lr_factor(self.job.settings, step - 1, self.steps),
             "seconds": seconds,
             "data_seconds": self.data_seconds,
             "tokens_per_second": sums["tokens"] / seconds,

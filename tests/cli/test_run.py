@@ -1,11 +1,13 @@
 """``fpo run`` on a tiny recipe: what is computed, what reused, how mistakes are answered."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import polars as pl
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from storage.catalog import list_artifacts
 from storage.location import open_store
@@ -68,6 +70,30 @@ def test_the_first_step_is_at_log_2_and_held_out_metrics_are_stored(finished_run
     assert answers["prompt"].to_list() == ["What is number 100?", "What is number 101?"]
 
 
+def test_the_policy_has_its_held_out_figures_and_event_file(finished_run):
+    """Of the six pairs before the first step and after the last; the step's curve beside them."""
+    store = open_store(finished_run.store)
+    (version,) = (info.version for info in list_artifacts(store) if info.stage == "policy")
+    policy = store.artifact("policy", version)
+    heldout = pl.read_parquet(policy.path("heldout.parquet"))
+    assert heldout["step"].to_list() == [0, 3]
+    assert heldout["pairs"].to_list() == [6, 6]
+    assert heldout["kl_chosen"][0] == pytest.approx(0, abs=1e-5)
+    assert heldout["kl_chosen"][1] > heldout["kl_chosen"][0]
+    assert heldout["discrepancy_chosen"][0] < 1e-9
+    low, high = (heldout[f"fvu_{end}.1-resid_post"][0] for end in ("low", "high"))
+    assert low < heldout["fvu.1-resid_post"][0] < high
+    names = [name for name in policy.manifest["files"] if name.startswith("tensorboard/")]
+    assert names == ["tensorboard/events.out.tfevents.0"]  # no machine's name
+    events = EventAccumulator(str(policy.path(names[0])))
+    events.Reload()
+    steps = pl.read_parquet(policy.path("metrics.parquet"))
+    for section, table in (("train", steps), ("heldout", heldout)):
+        read = events.Scalars(f"{section}/loss")
+        assert [event.step for event in read] == table["step"].to_list()
+        assert [event.value for event in read] == pytest.approx(table["loss"].to_list())
+
+
 def test_a_second_run_computes_nothing_and_leaves_the_report(fpo, finished_run):
     before = manifests(finished_run.store)
     page = finished_run.report / "report.html"
@@ -81,16 +107,27 @@ def test_a_second_run_computes_nothing_and_leaves_the_report(fpo, finished_run):
     assert page.stat().st_mtime_ns == written
 
 
-def test_another_alpha_trains_and_evaluates_only(fpo, copied):
+def test_another_alpha_trains_and_evaluates_only(fpo, copied, tmp_path, monkeypatch):
+    """And W&B gets what the recipe asks to be sent: here into a file, as its mode says."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "sent"))
+    (tmp_path / "sent").mkdir()
     before = manifests(copied.store)
-    result = run(fpo, copied.recipe, copied.store, "--set", "train.alpha=1.0")
+    result = run(
+        fpo, copied.recipe, copied.store, "--set", "train.alpha=1.0", "--set", "monitor.wandb=mine"
+    )
     assert result.code == 0
+    assert re.search(r"held-out before training: loss 0\.693, .*FVU [\d.]+, L0 [\d.]+", result.err)
+    assert "held-out after step 3: loss" in result.err
     assert result.err.count("reused") == 3
     after = manifests(copied.store)
     assert sorted(name.partition("/")[0] for name in set(after) - set(before)) == [
         "evaluation", "policy",
     ]  # fmt: skip
     assert all(after[name] == manifest for name, manifest in before.items())
+    (version,) = (n.partition("/")[2] for n in set(after) - set(before) if n.startswith("policy/"))
+    (sent,) = (tmp_path / "sent").glob(f"wandb/offline-run-*/run-{version}.wandb")
+    assert b"tiny-fpo" in sent.read_bytes()
 
 
 def test_forcing_one_stage_gives_the_same_bytes(fpo, copied):

@@ -19,6 +19,12 @@ def caches(tmp_path_factory):
     return make_caches(tmp_path_factory.mktemp("caches"))
 
 
+@pytest.fixture(scope="session")
+def heldout_caches(tmp_path_factory):
+    """The same with six more pairs, which are held out."""
+    return make_caches(tmp_path_factory.mktemp("heldout_caches"), heldout=6)
+
+
 @pytest.fixture(scope="module")
 def pairs():
     generator = torch.Generator().manual_seed(3)

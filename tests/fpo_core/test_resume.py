@@ -1,20 +1,27 @@
 """Training that is killed, stopped and resumed, in real DeepSpeed workers."""
 
+import json
+import math
 import os
 import shutil
 import signal
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from fpo_core.data.batches import PairIds, collate
 from fpo_core.errors import FPOError, Preempted
-from fpo_core.recipe.schema import TrainSettings
+from fpo_core.models.forward import scored_activations
+from fpo_core.models.load import load_model
+from fpo_core.recipe.schema import MonitorSettings, TrainSettings
+from fpo_core.sae.coder import load_coder
 from fpo_core.training.checkpoint import is_complete
 from fpo_core.training.engine import lr_factor
 from fpo_core.training.launch import run_workers
-from tests.fpo_core.workers import job, train, worker_processes
+from tests.fpo_core.workers import FIRST, job, train, worker_processes
 
 SAVING = {"checkpoint_minutes": 0.0}
 
@@ -47,6 +54,29 @@ def killed(spec, ranks, at_step, how=signal.SIGKILL):
     return error.value
 
 
+def read_heldout(spec):
+    return [json.loads(line) for line in (spec.output / "heldout.jsonl").read_text().splitlines()]
+
+
+def health_of_the_reference(root, pairs):
+    """FVU and L0 of the first held-out pairs, each row of a batch by itself, by the definition."""
+    rows = [r for r in pq.read_table(root / "pairs.parquet").to_pylist() if r["split"] == "heldout"]
+    model = load_model(root / "model", dtype="float32", attention="sdpa")
+    coder = load_coder(root / "sae")
+    found = []
+    for row in rows[:pairs]:
+        ids = PairIds(row["pair_id"], row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
+        found += scored_activations(model, collate([ids]), (FIRST,))
+    x = torch.cat(found)
+    acts = coder.encode(x)
+    error = (x - coder.decode(acts)).double().square().sum()
+    variance = (x.double() - x.double().mean(0)).square().sum()
+    return {
+        "fvu.1-resid_post": float(error / variance),
+        "l0.1-resid_post": float((acts > 0).sum() / len(x)),
+    }
+
+
 def newest(spec):
     return max(folder for folder in spec.checkpoints.glob("step-*") if is_complete(folder))
 
@@ -61,12 +91,18 @@ def newest(spec):
         (3, {"method": "dpo", "zero_stage": 3, "optimizer": "rmsprop"}),
     ],
 )
-def test_killed_training_resumes_to_the_same_bytes(caches, tmp_path, ranks, settings):
-    """SIGKILL to one rank in mid-run, resumed from what it had saved: weights and loss curve."""
+def test_killed_training_resumes_to_the_same_bytes(heldout_caches, tmp_path, ranks, settings):
+    """SIGKILL to one rank in mid-run, resumed from what it had saved: weights and loss curve.
+
+    The killed one measures held-out pairs, which the whole one does not: that changes nothing.
+    """
     settings = {"epochs": 20, "warmup_steps": 2, "lr": 1e-4, **settings}
-    whole = job(caches, tmp_path / "whole", **settings)
+    whole = job(heldout_caches, tmp_path / "whole", **settings)
     expected, weights = run(whole, ranks)
-    cut = job(caches, tmp_path / "cut", **settings).model_copy(update=SAVING)
+    held = (6, 1, 2)[ranks - 1]  # fewer than ranks: one has none
+    monitor = MonitorSettings(heldout_steps=2, heldout_pairs=held)
+    watched = {**SAVING, "monitor": monitor}
+    cut = job(heldout_caches, tmp_path / "cut", **settings).model_copy(update=watched)
     killed(cut, ranks, at_step=3)
     checkpoint = newest(cut)
     assert checkpoint.name >= "step-00000002"
@@ -77,6 +113,13 @@ def test_killed_training_resumes_to_the_same_bytes(caches, tmp_path, ranks, sett
     assert [r["lr"] for r in records] == [r["lr"] for r in expected]
     assert weights.keys() == resumed.keys()
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    before, after = (read_heldout(spec) for spec in (cut, again))
+    assert [record["step"] for record in after] == list(range(0, 41, 2))
+    # Of the killed run's records, those up to its checkpoint were kept; later ones came again.
+    assert after[: len(before)] == before
+    alone = health_of_the_reference(heldout_caches, held)
+    for name, value in {"loss": math.log(2), **alone}.items():
+        assert after[0][name] == pytest.approx(value, rel=1e-5)
 
 
 @pytest.mark.slow

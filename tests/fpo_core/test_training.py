@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from fpo_core.data.batches import PairIds
 from fpo_core.errors import FPOError
 from fpo_core.models.load import load_model
+from fpo_core.recipe.schema import MonitorSettings
 from fpo_core.training.examples import FeatureShards, read_examples
 from fpo_core.training.job import TrainingJob
 from fpo_core.training.launch import run_workers
@@ -160,10 +161,21 @@ def test_a_reference_that_is_sharded_gives_the_same_kl(caches, tmp_path):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
-def test_repeated_run_is_bitwise_the_same(caches, tmp_path):
-    _, one = train(caches, tmp_path / "one")
-    _, two = train(caches, tmp_path / "two")
-    assert all(torch.equal(one[name], two[name]) for name in one)
+def test_repeated_run_is_bitwise_the_same_however_it_is_watched(heldout_caches, tmp_path):
+    """With figures on held-out pairs and without: same weights, same curve."""
+    heldout, weights, curves = [], [], []
+    for name, monitor in (("one", None), ("two", MonitorSettings(heldout_steps=3))):
+        spec = job(heldout_caches, tmp_path / name, warmup_steps=2)
+        spec = spec.model_copy(update={"monitor": monitor})
+        records = []
+        run_workers(spec, 1, records.append, on_heldout=heldout.append)
+        weights.append(load_file(spec.output / "model" / "model.safetensors"))
+        curves.append([(record["loss"], record["grad_norm"]) for record in records])
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert curves[0] == curves[1]
+    assert [record["lr"] for record in records] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3])
+    assert [record["step"] for record in heldout] == [0, 3, 4]  # every third, and the last
+    assert heldout[0]["pairs"] == 6
 
 
 def test_caches_of_another_model_are_refused_before_the_first_step(caches, tmp_path):

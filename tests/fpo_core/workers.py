@@ -22,8 +22,8 @@ PINNED = (2, 5, 40)
 FIRST, LAST = Hookpoint(SAE_LAYER), Hookpoint(2, "final_norm")
 
 
-def make_caches(root: Path) -> Path:
-    """Model, SAE and aligned shards of 8 pairs in a folder."""
+def make_caches(root: Path, heldout: int = 0) -> Path:
+    """Model, SAE and aligned shards in a folder: 8 pairs to train on, and held-out ones."""
     save_model(root / "model")
     save_sae(root / "sae")
     generator = torch.Generator().manual_seed(0)
@@ -33,7 +33,7 @@ def make_caches(root: Path) -> Path:
 
     pairs = [
         PairIds(f"p{n}", ids(3 + n % 3), [*ids(2 + n % 4), 1], [*ids(1 + n % 5), 1])
-        for n in range(8)
+        for n in range(8 + heldout)
     ]
     write_caches(root, pairs, load_model(root / "model", dtype="float32", attention="sdpa"))
     return root
@@ -53,8 +53,8 @@ def write_caches(root, pairs, model):
     pq.write_table(pa.table(last.pooled), root / "last.parquet")
     rows = [
         {"pair_id": p.pair_id, "prompt_ids": p.prompt, "chosen_ids": p.chosen,
-         "rejected_ids": p.rejected, "split": "train"}
-        for p in pairs
+         "rejected_ids": p.rejected, "split": "train" if number < 8 else "heldout"}
+        for number, p in enumerate(pairs)
     ]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), root / "pairs.parquet")
     pq.write_table(pa.table(scores.reference), root / "reference.parquet")

@@ -25,8 +25,9 @@ def written(keeper, step):
     folder = keeper.local / folder_name(step)
     folder.mkdir(parents=True)
     (folder / "state-00000-of-00001.safetensors").write_text(f"state {step}")
-    (folder / "metrics.jsonl").write_text("{}")
-    meta = {"step": step, "ranks": 1, "version": VERSION}
+    for log in ("metrics.jsonl", "heldout.jsonl"):
+        (folder / log).write_text("{}")
+    meta = {"step": step, "ranks": 1, "version": VERSION, "made_from": {}}
     (folder / "checkpoint.json").write_text(json.dumps(meta))
     return folder
 

@@ -51,6 +51,20 @@ def training_log(steps: int = 220, seed: int = 0) -> pl.DataFrame:
     )
 
 
+def heldout_log() -> pl.DataFrame:
+    """Three measurements on held-out pairs, of two SAEs."""
+    return pl.DataFrame(
+        {
+            "step": [0, 100, 160],
+            "accuracy": [0.0, 0.65, 0.71875],
+            "kl_chosen": [0.0, 1.25, 2.5],
+            "kl_rejected": [0.0, 2.25, 4.75],
+            "fvu.12-resid_post": [0.125, 0.13, 0.14],
+            "fvu.25-resid_post": [0.25, 0.26, 0.3],
+        }
+    )
+
+
 def metric(
     key: str = "accuracy",
     before: tuple[float, float, float] | None = (0.41, 0.335, 0.489),
@@ -193,5 +207,6 @@ def example_report(**changes: object) -> RunReport:
         "recipe_yaml": RECIPE,
         "notes": ("1 pair was dropped: its prompt is longer than data.max_prompt_length.",),
         "heldout_pairs": 48,
+        "heldout": heldout_log(),
     }
     return RunReport(**(values | changes))  # pyright: ignore[reportArgumentType]

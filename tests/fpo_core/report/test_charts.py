@@ -10,10 +10,12 @@ import polars as pl
 import pytest
 
 from fpo_core.report.charts import PNG_SCALE, Drawn, draw
+from fpo_core.report.heldout import heldout_figures
+from fpo_core.report.human import NARROW
 from fpo_core.report.model import FeatureShift
 from fpo_core.report.palette import TONES, WIDTH
 from fpo_core.report.series import read_series, thin
-from tests.fpo_core.report.example import NAN, example_report, training_log
+from tests.fpo_core.report.example import NAN, example_report, heldout_log, training_log
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,20 @@ def test_features_of_one_side_and_values_that_are_not_finite() -> None:
     assert "#1<" in figure.svg
     assert "#2<" not in figure.svg
     assert figure.caption == "1 of these 2 features became more active, 0 less."
+
+
+def test_held_out_figures_are_drawn_as_measured_and_left_out_where_there_are_none() -> None:
+    figures = {figure.name: figure for figure in heldout_figures(heldout_log())}
+    assert list(figures) == ["heldout_accuracy", "heldout_kl", "heldout_fvu"]
+    caption = figures["heldout_accuracy"].caption.replace(NARROW, "")
+    assert caption == "0.0% at step 0, 71.9% at step 160."
+    assert "rejected: 0 at step 0, 4.75 at step 160" in figures["heldout_kl"].caption
+    assert "25-resid_post" in figures["heldout_fvu"].svg
+    chunks = dict(png_chunks(figures["heldout_fvu"].png))
+    assert struct.unpack(">II", chunks[b"IHDR"][:8])[0] == PNG_SCALE * WIDTH
+    one = heldout_figures(heldout_log().select("step", "accuracy"))
+    assert [figure.name for figure in one] == ["heldout_accuracy"]
+    assert heldout_figures(pl.DataFrame()) == ()
 
 
 def test_the_log_need_not_count_its_steps() -> None:

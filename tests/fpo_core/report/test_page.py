@@ -160,7 +160,7 @@ def test_the_content_says_what_the_run_says(written: Path) -> None:
 def test_an_empty_run_says_so_and_leaves_no_chart(tmp_path: Path) -> None:
     empty = example_report(
         stages=(), training=pl.DataFrame(), metrics=(), features=(), samples=(), notes=(),
-        git_commit=None, heldout_pairs=None,
+        git_commit=None, heldout_pairs=None, heldout=pl.DataFrame(),
     )  # fmt: skip
     _, parsed = read(render(empty, tmp_path))
     assert "no held-out metric was measured" in parsed.text
@@ -176,7 +176,9 @@ def test_charts_of_an_earlier_report_do_not_linger(tmp_path: Path) -> None:
     render(example_report(), tmp_path)
     (tmp_path / "charts" / "mine.png").write_bytes(b"someone's own")
     log = training_log(20).with_columns(discrepancy_chosen=None, discrepancy_rejected=None)
-    _, parsed = read(render(example_report(training=log, features=()), tmp_path))
+    _, parsed = read(
+        render(example_report(training=log, features=(), heldout=pl.DataFrame()), tmp_path)
+    )
     names = {path.name for path in (tmp_path / "charts").iterdir()}
     assert names == {"loss.png", "accuracy.png", "margin.png", "mine.png"}
     assert "Feature discrepancy is left out" in parsed.text
