@@ -82,7 +82,7 @@ def collate(
         last_of_prompt = row * width + start + len(pair.prompt) - 1
         parts = ((PROMPT, pair.prompt), (CHOSEN, pair.chosen), (REJECTED, pair.rejected))
         for segment, part in parts:
-            ids = np.asarray(part, dtype=np.int64)
+            ids = np.array(part, dtype=np.int64)  # a copy: the shards are not to be written
             assert len(ids) or segment == REJECTED, f"pair {pair.pair_id} has an empty part"
             stop, position = start + len(ids), 0 if segment == PROMPT else len(pair.prompt)
             input_ids[row, start:stop] = torch.from_numpy(ids)

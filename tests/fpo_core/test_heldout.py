@@ -1,5 +1,6 @@
 """Figures on held-out pairs during training, against a computation of each response by itself."""
 
+import functools
 import gc
 import json
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from fpo_core.models.forward import reference_side
 from fpo_core.models.load import load_model
 from fpo_core.recipe.schema import MonitorSettings
 from fpo_core.sae.coder import AttachedSae, load_coder
@@ -325,7 +327,7 @@ def test_every_objective_is_measured(
         monkeypatch.setattr(heldout, "load_model", None)
     watch = monitor(
         heldout_caches, tmp_path, method=method, saes=(sae(heldout_caches),) if saes else (),
-        live=reference if live else None,
+        live=functools.partial(reference_side, reference) if live else None,
     )  # fmt: skip
     watch.after_step(engine(policy, saes), 0, last=False)
     (found,) = records(tmp_path)
