@@ -5,6 +5,7 @@ Everything is of the real kind and in the real file formats, so that a run takes
 class, Gemma Scope's ``params.npz``. The weights are noise: what a run learns says nothing.
 """
 
+import itertools
 import json
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fpo_core.data.tokenize import ChatFormat
 from fpo_core.errors import FPOError
 from fpo_core.models.hooks import resid_post
 from fpo_core.recipe.load import SHIPPED
@@ -24,6 +26,7 @@ TEXT = SHIPPED / "data" / "quickstart" / "train.jsonl"
 TOKENS = 2048  # the tokenizer's; a vocabulary may be larger, as embeddings often are
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")  # Gemma's, with Gemma's ids 0 to 4
 HIDDEN, LAYERS = 64, 4
+WINDOW = 64  # tokens of the rows that the SAE's thresholds are set on
 SAE_LAYER, D_SAE, L0 = 2, 1024, 20
 SAE_PLACE = f"gemma-scope-tiny-pt-res/layer_{SAE_LAYER}/width_1k/average_l0_{L0}"
 
@@ -90,7 +93,7 @@ def train_tokenizer() -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=TOKENS, special_tokens=[*SPECIAL, *bytes_], show_progress=False
     )
-    learned.train_from_iterator(_texts(), trainer)
+    learned.train_from_iterator(itertools.chain.from_iterable(_pairs()), trainer)
     state = json.loads(learned.to_str())["model"]
     merges = [tuple(merge) for merge in state["merges"]]
     return GemmaTokenizer(vocab=state["vocab"], merges=merges, add_bos_token=True)
@@ -126,12 +129,16 @@ def save_params(folder: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _activations(model: Any, tokenizer: Any) -> Tensor:
-    """The residual stream [N, d_model] where the SAE reads, on part of the text, without BOS's."""
-    rows = [tokenizer(text, return_tensors="pt")["input_ids"] for text in _texts()[:120]]
-    return torch.cat([resid_post(model, SAE_LAYER, row)[0, 1:] for row in rows])
+    """The residual stream [N, d_model] where the SAE reads, in answers of the quickstart's."""
+    chat = ChatFormat(tokenizer, "halos")
+    texts = [chat.full_text(({"role": "user", "content": p},), c) for p, c, _ in _pairs()]
+    rows = [ids[:WINDOW] for ids in chat.ids(texts) if len(ids) >= WINDOW]
+    # A prompt has some 30 tokens: the second half of a row is of the answer.
+    read = resid_post(model, SAE_LAYER, torch.tensor(rows))[:, WINDOW // 2 :]
+    return read.flatten(0, 1)
 
 
-def _texts() -> list[str]:
-    """Prompts and answers of the quickstart's training pairs."""
+def _pairs() -> list[tuple[str, str, str]]:
+    """Prompt, chosen and rejected answer of the quickstart's training pairs."""
     rows = [json.loads(line) for line in TEXT.read_text(encoding="utf-8").splitlines()]
-    return [row[part] for row in rows for part in ("prompt", "chosen", "rejected")]
+    return [(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
