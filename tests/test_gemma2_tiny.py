@@ -77,7 +77,7 @@ def test_training_starts_at_log_2_and_learns(made):
     steps = pl.read_parquet(made.artifacts["policy"].path("metrics.parquet"))
     # The caches are of a bfloat16 pass, the policy is float32.
     assert steps["loss"][0] == pytest.approx(np.log(2), abs=1e-3)
-    assert steps["discrepancy_chosen"][0] < 0.1 * steps["discrepancy_chosen"][1]
+    assert steps["discrepancy_chosen"][0] < 0.3 * steps["discrepancy_chosen"][1]
     assert steps["loss"][1] < np.log(2) - 5e-4
     assert steps["pairs"].to_list() == [16, 16]
     assert list((made.folder / "fpo-store" / "runs").glob("*/train-rank1.log"))
@@ -88,15 +88,15 @@ def test_the_policy_is_a_gemma_2_that_transformers_opens(made):
     policy = AutoModelForCausalLM.from_pretrained(folder)
     start = AutoModelForCausalLM.from_pretrained(made.folder / "gemma2-tiny" / "model")
     assert policy.config.model_type == "gemma2"
-    assert policy.config.final_logit_softcapping == 30.0
+    assert policy.config.final_logit_softcapping == 3.0
     assert policy.config.layer_types[:2] == ["sliding_attention", "full_attention"]
     assert policy.lm_head.weight is policy.model.embed_tokens.weight
     moved = [
         (name, float((new - old).detach().abs().max()))
         for (name, new), old in zip(policy.named_parameters(), start.parameters(), strict=True)
     ]
-    # Adam's first step moves by the rate, 1e-3 / 3, the second by some 2e-3 / 3.
-    assert all(0 < most < 2e-3 for _, most in moved), moved
+    # Two of Adam's steps, of a third and two thirds of the rate and little more.
+    assert all(0 < most < 2 * load_recipe("gemma2-tiny").train.lr for _, most in moved), moved
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("How?")["input_ids"][0] == tokenizer.bos_token_id == policy.config.bos_token_id
     assert tokenizer.chat_template is None

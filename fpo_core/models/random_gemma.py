@@ -37,7 +37,7 @@ def make_tiny_gemma(folder: Path, vocabulary: int = TOKENS, seed: int = 0) -> No
     Args:
         folder: is made; it may be there when it is empty.
         vocabulary: the model's, in tokens; Gemma-2's is 256,000.
-        seed: of the weights. The same seed gives the same files on one machine.
+        seed: of the weights; the same seed gives the same files on one machine.
 
     Raises:
         FPOError: the folder holds something, or the vocabulary is smaller than the tokenizer's.
@@ -68,9 +68,10 @@ def random_model(vocabulary: int, seed: int) -> Any:
         vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=2 * HIDDEN,
         num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
         query_pre_attn_scalar=16, sliding_window=32, max_position_embeddings=8192,
-        attn_logit_softcapping=50.0, final_logit_softcapping=30.0, tie_word_embeddings=True,
-        # Gemma-2's own 0.02 is for its width: at 64 the logits would all be the same.
-        initializer_range=0.1,
+        tie_word_embeddings=True,
+        # Gemma-2's own 0.02 is for its width: at 64 the logits would all be the same. Its caps, 50
+        # and 30, are for logits of a trained model: these would not feel them.
+        initializer_range=0.2, attn_logit_softcapping=5.0, final_logit_softcapping=3.0,
         pad_token_id=0, eos_token_id=1, bos_token_id=2,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
