@@ -163,11 +163,11 @@ def report(
 
 @app.command()
 def make_tiny_gemma(
-    folder: Annotated[Path, typer.Argument(help="Is made.")] = Path(TINY_GEMMA),
+    folder: Annotated[Path, typer.Argument(help="Made; new or empty.")] = Path(TINY_GEMMA),
     vocabulary: Annotated[
         int, typer.Option(help="Tokens of the model's vocabulary; Gemma-2 has 256000.")
     ] = 2048,
-    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random weights.")] = 0,
 ) -> None:
     """Make what the recipe gemma2-tiny reads: a Gemma-2 and an SAE, small and random.
 

@@ -24,7 +24,7 @@ from storage.location import open_store
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 FEW = (
-    "--set", "data.limit=32", "--set", "train.batch_size=16", "--set", "evaluation.prompts=2",
+    "--set", "data.limit=32", "--set", "train.batch_size=8", "--set", "evaluation.prompts=2",
     "--set", "evaluation.max_new_tokens=8", "--set", "resources.tokens_per_batch=512",
 )  # fmt: skip
 
@@ -77,9 +77,9 @@ def test_training_starts_at_log_2_and_learns(made):
     steps = pl.read_parquet(made.artifacts["policy"].path("metrics.parquet"))
     # The caches are of a bfloat16 pass, the policy is float32.
     assert steps["loss"][0] == pytest.approx(np.log(2), abs=1e-3)
-    assert steps["discrepancy_chosen"][0] < 0.3 * steps["discrepancy_chosen"][1]
-    assert steps["loss"][1] < np.log(2) - 5e-4
-    assert steps["pairs"].to_list() == [16, 16]
+    assert steps["discrepancy_chosen"][0] < 0.3 * steps["discrepancy_chosen"][-1]
+    assert steps["loss"][-1] < np.log(2) - 1e-3
+    assert steps["pairs"].to_list() == [8, 8, 8, 8]
     assert list((made.folder / "fpo-store" / "runs").glob("*/train-rank1.log"))
 
 
@@ -95,8 +95,8 @@ def test_the_policy_is_a_gemma_2_that_transformers_opens(made):
         (name, float((new - old).detach().abs().max()))
         for (name, new), old in zip(policy.named_parameters(), start.parameters(), strict=True)
     ]
-    # Two of Adam's steps, of a third and two thirds of the rate and little more.
-    assert all(0 < most < 2 * load_recipe("gemma2-tiny").train.lr for _, most in moved), moved
+    # Four of Adam's steps, each of the rate at most and little more.
+    assert all(0 < most < 5 * load_recipe("gemma2-tiny").train.lr for _, most in moved), moved
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("How?")["input_ids"][0] == tokenizer.bos_token_id == policy.config.bos_token_id
     assert tokenizer.chat_template is None

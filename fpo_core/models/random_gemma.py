@@ -44,6 +44,7 @@ def make_tiny_gemma(folder: Path, vocabulary: int = TOKENS, seed: int = 0) -> No
     """
     if vocabulary < TOKENS:
         raise FPOError(f"--vocabulary {vocabulary}: the tokenizer has {TOKENS} tokens; give more")
+    folder = folder.expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FPOError(f"{folder} is there already; remove it, or give another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ def train_tokenizer() -> Any:
     )
     learned.train_from_iterator(itertools.chain.from_iterable(_pairs()), trainer)
     state = json.loads(learned.to_str())["model"]
-    merges = [tuple(merge) for merge in state["merges"]]
+    merges: Any = [tuple(merge) for merge in state["merges"]]
     return GemmaTokenizer(vocab=state["vocab"], merges=merges, add_bos_token=True)
 
 
