@@ -16,6 +16,7 @@ import typer
 from cli.store import StoreUrl
 from cli.store import app as store_app
 from fpo_core.errors import FPOError, UsageError
+from fpo_core.models.source import TINY_GEMMA
 from fpo_core.quiet import set_quiet_defaults
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
@@ -158,6 +159,26 @@ def report(
     pipeline = PipelineRun(settings, artifacts, planned, frozenset())
     page = write_report(pipeline, output or default_folder(pipeline))
     logging.getLogger("fpo").info("report     %s", page)
+
+
+@app.command()
+def make_tiny_gemma(
+    folder: Annotated[Path, typer.Argument(help="Made; new or empty.")] = Path(TINY_GEMMA),
+    vocabulary: Annotated[
+        int, typer.Option(help="Tokens of the model's vocabulary; Gemma-2 has 256000.")
+    ] = 2048,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random weights.")] = 0,
+) -> None:
+    """Make what the recipe gemma2-tiny reads: a Gemma-2 and an SAE, small and random.
+
+    \b
+    Example:
+      fpo make-tiny-gemma && fpo run gemma2-tiny
+    """
+    from fpo_core.models.random_gemma import make_tiny_gemma as make
+
+    make(folder, vocabulary, seed)
+    logging.getLogger("fpo").info("made       %s", folder)
 
 
 app.add_typer(store_app, name="store")

@@ -22,6 +22,8 @@ from fpo_core.errors import FPOError
 GGUF_CONVERSION = 1
 # What decides a model's behaviour; READMEs and licences do not.
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+# Where the recipe gemma2-tiny finds what `fpo make-tiny-gemma` makes.
+TINY_GEMMA = "gemma2-tiny"
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def existing_folder(source: str) -> Path:
     if not folder.is_dir():
         raise FPOError(
             f"model {source!r}: no such folder. Give a Hugging Face model folder, a hub id such "
-            f"as google/gemma-2-2b, or package:NAME/FILE.gguf"
+            f"as google/gemma-2-2b, or package:NAME/FILE.gguf{how_to_make(folder)}"
         )
     if not (folder / "config.json").is_file():
         raise FPOError(f"model {source!r}: the folder has no config.json, so it is no model folder")
@@ -98,6 +100,13 @@ def existing_folder(source: str) -> Path:
             f"Save it there with tokenizer.save_pretrained({source!r})"
         )
     return folder
+
+
+def how_to_make(path: Path) -> str:
+    """What an error about a missing file adds when it is one that ``fpo`` itself makes."""
+    if TINY_GEMMA not in path.parts:
+        return ""
+    return f". `fpo make-tiny-gemma` makes the folder {TINY_GEMMA} of the recipe gemma2-tiny"
 
 
 def file_digest(path: Path) -> str:

@@ -93,7 +93,7 @@ Layer = Annotated[int, Field(ge=0)]
 class AttachedSaeSettings(Settings):
     """One more SAE that is held, at another place."""
 
-    source: str = Field(description="sae-lens folder, or release:sae_id of sae-lens' directory")
+    source: str = Field(description="as of sae.source")
     layer: Layer = Field(description="decoder block, from 0")
     site: Site = Field(default="resid_post", description="hookpoint, as of sae.site")
 
@@ -107,7 +107,9 @@ class SaeSettings(Settings):
     """The sparse autoencoder: a stored one (`source`) or one to train (`train`)."""
 
     source: str | None = Field(
-        default=None, description="sae-lens folder, or release:sae_id of sae-lens' directory"
+        default=None,
+        description="sae-lens folder, Gemma Scope's params.npz or its folder, or release:sae_id of "
+        "sae-lens' directory",
     )
     train: SaeTrainSettings | None = Field(default=None, description="train one in the `sae` stage")
     layer: Layer = Field(description="decoder block, from 0")

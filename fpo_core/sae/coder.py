@@ -1,7 +1,8 @@
 """A sparse autoencoder for reading features: encode whole, or only some columns with gradient.
 
-Reads sae-lens' disk format (``cfg.json`` and ``sae_weights.safetensors``) directly, since
-importing sae-lens takes seconds in every worker; tests hold it equal to sae-lens' own ``encode``.
+Reads sae-lens' disk format (``cfg.json`` and ``sae_weights.safetensors``) and Gemma Scope's
+(``params.npz``) directly, since importing sae-lens takes seconds in every worker; tests hold it
+equal to sae-lens' own ``encode``.
 What an SAE declares is honoured or refused by name, never ignored. Encoding is float32.
 
 Shapes: N tokens, F = d_sae.
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from fpo_core.errors import FPOError
 from fpo_core.hookpoint import Hookpoint
-from fpo_core.sae.source import WEIGHTS_FILE, read_config
+from fpo_core.sae.gemma_scope import declared_hook, read_arrays
+from fpo_core.sae.source import WEIGHTS_FILE, params_file, read_config
 
 # A BatchTopK SAE is stored as the JumpReLU that it is at inference.
 ARCHITECTURES = ("standard", "jumprelu", "topk", "gated")
@@ -116,10 +118,10 @@ class AttachedSae(NamedTuple):
 
 
 def load_coder(folder: Path, *, decoder: bool = True) -> SparseCoder:
-    """Load an SAE from a folder in sae-lens' disk format.
+    """Load an SAE in sae-lens' disk format or in Gemma Scope's.
 
     Args:
-        folder: the SAE's.
+        folder: the SAE's; of Gemma Scope, the file itself serves too.
         decoder: whether to keep the decoder; half of the memory, and training only encodes.
 
     Raises:
@@ -128,6 +130,9 @@ def load_coder(folder: Path, *, decoder: bool = True) -> SparseCoder:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    params = params_file(folder)
+    if params:
+        return _gemma_scope_coder(params, decoder)
     config = read_config(folder)
     _refuse_unsupported(config, folder)
     try:
@@ -156,6 +161,15 @@ def load_coder(folder: Path, *, decoder: bool = True) -> SparseCoder:
             f"SAE {folder}: weights are {tuple(coder.W_enc.shape)}, cfg.json says {declared}"
         )
     return coder
+
+
+def _gemma_scope_coder(file: Path, decoder: bool) -> SparseCoder:
+    arrays = read_arrays(file, decoder=decoder)
+    state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return SparseCoder(
+        state["W_enc"], state["b_enc"], state["threshold"], state.get("W_dec"), state["b_dec"],
+        centred=False, hook=declared_hook(file),
+    )  # fmt: skip
 
 
 def _refuse_unsupported(config: dict[str, Any], folder: Path) -> None:
@@ -191,7 +205,9 @@ def check_fits(coder: SparseCoder, hidden_size: int, hookpoint: Hookpoint, name:
             f"size is {hidden_size}; choose an SAE trained on this model"
         )
     expected = f"blocks.{hookpoint.layer}.hook_resid_post"
-    if coder.hook and coder.hook != expected and hookpoint.site != "final_norm":
+    # Gemma Scope's paths may say the layer alone.
+    fitting = ("", expected, f"blocks.{hookpoint.layer}")
+    if coder.hook not in fitting and hookpoint.site != "final_norm":
         raise FPOError(
             f"SAE {name}: it declares the hookpoint {coder.hook!r}, the recipe asks for "
             f"{hookpoint} ({expected!r}); set its layer to the SAE's own"

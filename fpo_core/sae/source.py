@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fpo_core.errors import FPOError
-from fpo_core.models.source import ModelIdentity, cache_folder, file_digest
+from fpo_core.models.source import ModelIdentity, cache_folder, file_digest, how_to_make
+from fpo_core.sae.gemma_scope import PARAMS_FILE, read_shapes
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"  # sae-lens' disk format
 
@@ -25,8 +26,12 @@ def identify_sae(source: str) -> ModelIdentity:
     """
     if is_release(source) and not _release_folder(source).is_dir():
         return ModelIdentity(f"sae:{source}", resolved=False)
-    folder = _release_folder(source) if is_release(source) else local_folder(source)
-    parts = {name: file_digest(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    place = _release_folder(source) if is_release(source) else local_folder(source)
+    params = params_file(place)
+    files = {name: place / name for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    if params:
+        files = {PARAMS_FILE: params}
+    parts = {name: file_digest(file) for name, file in files.items()}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return ModelIdentity(f"sae:{digest}")
 
@@ -37,7 +42,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FPOError(
             f"SAE {str(folder)!r}: no {CONFIG_FILE} there. Give a folder in sae-lens' disk format "
-            f"({CONFIG_FILE}, {WEIGHTS_FILE}) or release:sae_id from sae-lens' directory"
+            f"({CONFIG_FILE}, {WEIGHTS_FILE}), a {PARAMS_FILE} of Gemma Scope or its folder, or "
+            f"release:sae_id from sae-lens' directory{how_to_make(folder)}"
         )
     try:
         return json.loads(path.read_text())
@@ -46,16 +52,33 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def declared_width(source: str) -> int | None:
-    """d_sae as the SAE's ``cfg.json`` says it; None for a release that was never fetched."""
+    """d_sae as the SAE's files declare it; None for a release that was never fetched."""
     if is_release(source) and not _release_folder(source).is_dir():
         return None
-    folder = _release_folder(source) if is_release(source) else local_folder(source)
-    return read_config(folder).get("d_sae")
+    place = _release_folder(source) if is_release(source) else local_folder(source)
+    params = params_file(place)
+    return read_shapes(params)["W_enc"][1] if params else read_config(place).get("d_sae")
+
+
+def params_file(place: Path) -> Path | None:
+    """The file of an SAE in Gemma Scope's format; None where ``place`` is no such one.
+
+    Args:
+        place: of the SAE: a folder, or the file itself.
+    """
+    if place.suffix == ".npz" and place.is_file():
+        return place
+    file = place / PARAMS_FILE
+    return file if file.is_file() and not (place / CONFIG_FILE).exists() else None
 
 
 def local_folder(source: str) -> Path:
-    """The folder of a local SAE, checked to be one."""
+    """The place of a local SAE, checked to be one: a folder, or a file of Gemma Scope."""
     folder = Path(source).expanduser()
+    params = params_file(folder)
+    if params:
+        read_shapes(params)
+        return folder
     read_config(folder)
     if not (folder / WEIGHTS_FILE).is_file():
         raise FPOError(f"SAE {source!r}: no {WEIGHTS_FILE} in the folder")
@@ -63,7 +86,7 @@ def local_folder(source: str) -> Path:
 
 
 def sae_folder(source: str) -> Path:
-    """A folder in sae-lens' disk format, fetched through sae-lens when it is a release.
+    """What ``load_coder`` reads: a local SAE, or a release, fetched through sae-lens.
 
     Raises:
         FPOError: when it is not there or cannot be fetched.
