@@ -24,7 +24,8 @@ from storage.location import open_store
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 FEW = (
-    "--set", "data.limit=32", "--set", "train.batch_size=8", "--set", "sft.limit=64", "--set", "evaluation.prompts=2",
+    "--set", "data.limit=32", "--set", "train.batch_size=8", "--set", "sft.limit=64",
+    "--set", "evaluation.prompts=2",
     "--set", "evaluation.max_new_tokens=8", "--set", "resources.tokens_per_batch=512",
 )  # fmt: skip
 
@@ -146,7 +147,7 @@ def test_the_features_l0_is_what_the_saes_folder_says(made):
 def test_the_evaluation_has_its_metrics_and_answers(made):
     evaluation = made.artifacts["evaluation"]
     metrics = {m["key"]: m for m in json.loads(evaluation.path("metrics.json").read_text())}
-    assert 0 < metrics["kl_chosen"]["policy"]["value"] < 5
+    assert 0 < metrics["kl_chosen"]["policy"]["value"] < 50
     answers = pl.read_parquet(evaluation.path("answers.parquet"))
     assert answers["before"].str.len_chars().min() > 0
     assert "assistant" not in answers["prompt"][0]
