@@ -19,6 +19,7 @@ from fpo_core.models.load import model_folder
 from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe, load_recipe
 from fpo_core.sae.source import sae_folder
+from fpo_core.training.hosts import run_hosts
 from storage.artifact import Artifact
 from storage.backend import Hold
 from storage.errors import ArtifactMissing, StoreError
@@ -248,6 +249,7 @@ def prepare_run(
     for stored in (settings.sae.source, *(other.source for other in settings.sae.also)):
         if stored:
             sae_folder(stored)  # its content enters the versions: it has to be here first
+    run_hosts(settings.resources)  # a bad hostfile is told before the hours ahead of training
     plan = make_plan(settings, artifacts)
     if plan.unresolved:
         raise FPOError(

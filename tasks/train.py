@@ -37,9 +37,11 @@ def train(run: PipelineRun) -> Outcome:
 
 def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
     from fpo_core.training.checkpoint import read_meta
+    from fpo_core.training.hosts import run_hosts
     from fpo_core.training.launch import run_workers
     from fpo_core.training.saved import check_saved
 
+    hosts = run_hosts(run.recipe.resources)
     output = writer.scratch() / "attempt"
     shutil.rmtree(output, ignore_errors=True)
     keeper = CheckpointKeeper(writer, run.recipe.resources.checkpoints_kept)
@@ -60,7 +62,8 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
             progress.advance(1, note)
 
         try:
-            run_workers(job, run.recipe.resources.ranks, on_step, keeper.keep)
+            ranks = hosts.ranks if hosts else run.recipe.resources.ranks or 1
+            run_workers(job, ranks, on_step, keeper.keep, hosts)
         except FPOError as error:
             raise _with_kept_files(run, output, error) from error
         finally:

@@ -278,11 +278,35 @@ class ResourceSettings(Settings):
     tokens_per_batch: Count = Field(
         default=1024, description="tokens a forward pass, padding included"
     )
-    ranks: Count = Field(default=1, description="training worker processes")
+    ranks: Count | None = Field(
+        default=None,
+        description="training worker processes; default: 1, or as many as the hostfile has slots",
+    )
+    hostfile: str | None = Field(
+        default=None,
+        description="train on several hosts: a file with a line `HOST slots=RANKS` for each",
+    )
+    master_addr: str | None = Field(
+        default=None, description="with a hostfile: address of its first host, as the others see it"
+    )
+    master_port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(
+        default=None,
+        description="with a hostfile: port of its first host where ranks meet; default: a free one",
+    )
     checkpoint_minutes: NonNegative = Field(
         default=10, description="training saves itself this often, at a step's end; 0: every step"
     )
     checkpoints_kept: Count = Field(default=2, description="newest checkpoints kept while training")
+
+    @model_validator(mode="after")
+    def _meeting_place_of_hosts(self) -> "ResourceSettings":
+        for name in ("master_addr", "master_port"):
+            if self.hostfile is None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"resources.{name} is for several hosts (resources.hostfile); on one machine "
+                    f"the ranks meet at a free port"
+                )
+        return self
 
 
 class StoreSettings(Settings):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from fpo_core.data.batches import PairBatch
+from fpo_core.errors import FPOError
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.forward import PairForward, ReferenceSide, forward_pairs
 from fpo_core.recipe.schema import TrainSettings
@@ -28,15 +30,35 @@ class Policy(nn.Module):
 
 
 def start_distributed() -> str:
-    """Join the process group that the launcher's environment describes; returns the device."""
+    """Join the process group that the launcher's environment describes; returns the device.
+
+    Raises:
+        FPOError: fewer GPUs on this host than ranks, or the port is taken that rank 0 listens at.
+    """
+    cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
+    host = socket.gethostname()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    elif local_rank >= torch.cuda.device_count():
+        raise FPOError(
+            f"{host} has {torch.cuda.device_count()} GPUs, and a rank there wants one more; lower "
+            f"its slots in resources.hostfile"
+        )
     import deepspeed
 
-    cuda = torch.cuda.is_available()
     # Else DeepSpeed compiles a shared-memory all-reduce when it first starts on a CPU, which takes
     # a C++ compiler and most of a minute, and serves several ranks of one machine only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise FPOError(
+            f"port {os.environ['MASTER_PORT']} is in use on {host}, where rank 0 listens for the "
+            f"others; give resources.master_port one that is free, or leave it out"
+        ) from error
+    return f"cuda:{local_rank}" if cuda else "cpu"
 
 
 def make_engine(

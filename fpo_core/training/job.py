@@ -10,12 +10,14 @@ from fpo_core.recipe.schema import TrainSettings
 
 # What the workers write below the job's output folder.
 METRICS_FILE, MODEL_FOLDER = "metrics.jsonl", "model"
+LOG_FILE = "workers.log"  # all that the launcher said
 RANK_LOG = "train-rank{rank}.log"  # all that a rank's process said
 ERROR_FILE = "error-rank{rank}.json"  # why a rank failed, and when
 LAST_FILE = "last.json"  # log-probs of one pair by the trained policy, to check what was saved
 WARNINGS_FILE = "warnings.log"  # a line each, which the stage tells
 PREEMPTED_FILE = "preempted.json"  # the run was told to stop, and saved itself
 BAD_BATCH_FILE = "bad-batch-step{step}-rank{rank}.parquet"  # the batch of a loss that is not finite
+NO_JOB = "cannot start on the host"  # begins what a rank says that cannot read its job
 
 
 class JobSae(BaseModel):
@@ -53,6 +55,7 @@ class TrainingJob(BaseModel):
     checkpoints: Path  # receives a folder a checkpoint
     checkpoint_minutes: float
     resume: Path | None = None  # the checkpoint to go on from
+    patience: float | None = None  # seconds without a sign of life of the stage, then ranks leave
 
     def save(self, path: Path) -> None:
         """Write the job for the workers."""

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -57,12 +58,14 @@ from fpo_core.training.job import (
     LAST_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
+    NO_JOB,
     PREEMPTED_FILE,
     RANK_LOG,
     WARNINGS_FILE,
     TrainingJob,
 )
 from fpo_core.training.loss import BatchLoss, PairLoss, metric_sums
+from fpo_core.training.orders import leave_with_the_stage, told_to_stop
 from fpo_core.training.start_gate import check_start
 
 MOST_UNSAVED = 2  # checkpoints in a row
@@ -175,7 +178,8 @@ class Trainer:
     def _to_save(self, step: int) -> bool:
         """Save a checkpoint where one is due, on all ranks alike; True when told to stop."""
         minutes = (time.monotonic() - self.saved_at) / 60
-        wishes = [minutes >= self.job.checkpoint_minutes, self.asked_to_stop]
+        stop = self.asked_to_stop or (self.rank == 0 and told_to_stop(self.job.output))
+        wishes = [minutes >= self.job.checkpoint_minutes, stop]
         agreed = torch.tensor([float(wish) for wish in wishes], device=self.device)
         torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
         due, stop = (bool(wish) for wish in agreed.tolist())
@@ -294,14 +298,27 @@ class Trainer:
         torch.distributed.barrier()
 
 
+def _job(path: Path) -> TrainingJob:
+    try:
+        return TrainingJob.load(path)
+    except OSError as error:
+        sys.exit(
+            f"{NO_JOB} {socket.gethostname()}: {path} cannot be read there ({error.strerror}). All "
+            f"hosts of resources.hostfile need the store's work in progress, the checkout and the "
+            f"Python environment under the same paths"
+        )
+
+
 def main() -> None:
     """Run one rank; why it failed goes to its error file, for the stage to show."""
-    job, rank = TrainingJob.load(Path(sys.argv[1])), int(os.environ["RANK"])
+    job, rank = _job(Path(sys.argv[1])), int(os.environ["RANK"])
     with (job.output / RANK_LOG.format(rank=rank)).open("ab") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("fpo").setLevel(logging.INFO)
+    if job.patience is not None:
+        leave_with_the_stage(job.output, job.patience)
     prepare_cpu(job.threads)
     try:
         trainer = Trainer(job)
