@@ -159,6 +159,7 @@ def training_job(
         reference_dtype=run.recipe.model.dtype,
         tokens_per_batch=run.recipe.resources.tokens_per_batch,
         threads=run.recipe.resources.threads,
+        offload=run.recipe.resources.offload,
         output=output,
         version=run.planned("train").version,
         checkpoints=checkpoints,

@@ -15,6 +15,7 @@ from fpo_core.recipe.methods import METHODS
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Offload = Literal["none", "optimizer", "all"]
 
 
 class Settings(BaseModel):
@@ -293,6 +294,11 @@ class ResourceSettings(Settings):
         default=None,
         description="with a hostfile: port of its first host where ranks meet; default: a free one",
     )
+    offload: Offload = Field(
+        default="none",
+        description="keep the masters and the optimizer's state in the CPU's memory (`optimizer`, "
+        "ZeRO 1 to 3), or the parameters too (`all`, ZeRO 3)",
+    )
     checkpoint_minutes: NonNegative = Field(
         default=10, description="training saves itself this often, at a step's end; 0: every step"
     )
@@ -350,6 +356,18 @@ class Recipe(Settings):
             raise ValueError(
                 f"train.pooled=false compares the top {k} features of every token (train.k), "
                 f"features.tokens_k stores {features.tokens_k}; raise features.tokens_k"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_fits_the_stage(self) -> "Recipe":
+        offload, stage = self.resources.offload, self.train.zero_stage
+        allowed = {"none": (0, 1, 2, 3), "optimizer": (1, 2, 3), "all": (3,)}[offload]
+        if stage not in allowed:
+            raise ValueError(
+                f"resources.offload={offload} takes train.zero_stage="
+                f"{' or '.join(map(str, allowed))}, it is {stage}: DeepSpeed moves what ZeRO "
+                f"has partitioned"
             )
         return self
 

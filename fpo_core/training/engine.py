@@ -14,7 +14,7 @@ from fpo_core.data.batches import PairBatch
 from fpo_core.errors import FPOError
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.forward import PairForward, ReferenceSide, forward_pairs
-from fpo_core.recipe.schema import TrainSettings
+from fpo_core.recipe.schema import Offload, TrainSettings
 
 
 class Policy(nn.Module):
@@ -62,7 +62,13 @@ def start_distributed() -> str:
 
 
 def make_engine(
-    model: Any, hookpoints: Sequence[Hookpoint], settings: TrainSettings, steps: int, *, half: bool
+    model: Any,
+    hookpoints: Sequence[Hookpoint],
+    settings: TrainSettings,
+    steps: int,
+    *,
+    half: bool,
+    offload: Offload = "none",
 ) -> Any:
     """Wrap a float32 model for training.
 
@@ -72,6 +78,7 @@ def make_engine(
         settings: the recipe's ``train`` section.
         steps: optimizer steps of the run.
         half: compute in bfloat16, with float32 masters.
+        offload: what is kept in the CPU's memory.
     """
     import deepspeed
 
@@ -97,7 +104,7 @@ def make_engine(
         config={
             "train_micro_batch_size_per_gpu": 1,  # ours vary; who calls backward scales the loss
             "gradient_accumulation_steps": 1,
-            "zero_optimization": {"stage": settings.zero_stage},
+            "zero_optimization": {"stage": settings.zero_stage, **_offloaded(offload)},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "gradient_clipping": settings.max_grad_norm,
@@ -106,6 +113,12 @@ def make_engine(
         },
     )
     return engine
+
+
+def _offloaded(what: Offload) -> dict[str, Any]:
+    place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    optimizer = {} if what == "none" else {"offload_optimizer": place}
+    return {**optimizer, "offload_param": place} if what == "all" else optimizer
 
 
 def lr_factor(settings: TrainSettings, step: int, steps: int) -> float:

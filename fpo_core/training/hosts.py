@@ -7,7 +7,6 @@ SIGTERM it runs ``pkill -f "python -u -m deepspeed.launcher.launch"`` on every h
 user's other DeepSpeed runs there too: so it is never sent one (see ``launch.py``).
 """
 
-import os
 import re
 import shutil
 import socket
@@ -93,12 +92,12 @@ def run_hosts(resources: ResourceSettings) -> Hosts | None:
             f"resources.ranks={resources.ranks}, but {path} has {found.ranks} slots; make them "
             f"agree, or leave resources.ranks out (null)"
         )
-    missing = [name for name in ("pdsh", "ssh") if shutil.which(name) is None]
-    if missing:
-        raise FPOError(
-            f"resources.hostfile: DeepSpeed starts ranks on other hosts with {' and '.join(missing)}"
-            f", which is not installed here (Debian: apt-get install pdsh openssh-client)"
-        )
+    for program in ("pdsh", "ssh"):
+        if shutil.which(program) is None:
+            raise FPOError(
+                f"resources.hostfile: DeepSpeed starts ranks on other hosts with {program}, which "
+                f"is not installed here (Debian: apt-get install pdsh openssh-client)"
+            )
     return found
 
 
@@ -123,7 +122,8 @@ def hosts_command(hosts: Hosts, module: str, job_file: Path) -> list[str]:
     return [
         sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hosts.file}",
         "--force_multi", "--no_local_rank", *address,
-        f"--master_port={hosts.master_port or _free_port()}", "--module", module, str(job_file.resolve()),
+        f"--master_port={hosts.master_port or _free_port()}", "--module", module,
+        str(job_file.resolve()),
     ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from fpo_core.hookpoint import Hookpoint
-from fpo_core.recipe.schema import TrainSettings
+from fpo_core.recipe.schema import Offload, TrainSettings
 
 # What the workers write below the job's output folder.
 METRICS_FILE, MODEL_FOLDER = "metrics.jsonl", "model"
@@ -50,6 +50,7 @@ class TrainingJob(BaseModel):
     reference_dtype: str  # dtype the caches were computed in; bounds the drift at step 0
     tokens_per_batch: int
     threads: int | None
+    offload: Offload = "none"
     output: Path  # receives model/, metrics.jsonl and the ranks' logs
     version: str  # of the policy to be made, which a checkpoint has to be of
     checkpoints: Path  # receives a folder a checkpoint

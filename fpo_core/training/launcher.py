@@ -25,6 +25,8 @@ from fpo_core.training.orders import Orders
 WORKER = "fpo_core.training.worker"
 # For the workers to end their step and save; Prefect kills a cancelled run after 30 seconds.
 GRACE_SECONDS = 28.0
+# For the other ranks of a run that has failed to say what they saw.
+LAST_WORDS_SECONDS = 5.0
 _HOST_FAILED = re.compile(rb"ssh exited with exit code [1-9]")
 
 
@@ -112,7 +114,7 @@ class HostsLauncher(Launcher):
             return False
         if not self._failed_at and self._one_failed():
             self._failed_at = time.monotonic()
-        return not self._failed_at or time.monotonic() - self._failed_at < GRACE_SECONDS
+        return not self._failed_at or time.monotonic() - self._failed_at < LAST_WORDS_SECONDS
 
     def _one_failed(self) -> bool:
         if any(self._output.glob(ERROR_FILE.format(rank="*"))):

@@ -152,7 +152,10 @@ class Trainer:
         )
         check_vocabulary(self.examples, len(output_head(model).weight))
         half = self.job.reference_dtype == "bfloat16" and self.device != "cpu"
-        return make_engine(model, self.loss.hookpoints, self.job.settings, self.steps, half=half)
+        return make_engine(
+            model, self.loss.hookpoints, self.job.settings, self.steps,
+            half=half, offload=self.job.offload,
+        )  # fmt: skip
 
     def run(self) -> None:
         """Train to the end and save the policy."""

@@ -1,11 +1,11 @@
 """Training on several hosts: the hostfile, and real runs over ssh on the loopback."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fpo_core.errors import FPOError, Preempted
+from fpo_core.errors import FPOError
 from fpo_core.recipe.schema import ResourceSettings
 from fpo_core.training.checkpoint import is_complete
+from fpo_core.training.failure import failure
 from fpo_core.training.hosts import Host, read_hostfile, run_hosts
 from fpo_core.training.launch import run_workers
 from tests.fpo_core.workers import job, train, worker_processes
@@ -150,19 +151,39 @@ def test_a_rank_that_is_killed_on_one_host_ends_the_others(caches, tmp_path, two
     wait_for(lambda: not worker_processes(tmp_path), 10)
 
 
+def as_rank_0(*arguments: str, **environment: object) -> subprocess.CompletedProcess[str]:
+    """A process that a launcher on another host would have started."""
+    given = {name: str(value) for name, value in environment.items()}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **given},
+    )  # fmt: skip
+
+
 @pytest.mark.slow
-def test_a_port_that_is_taken_is_named(caches, tmp_path, two_hosts):
+def test_a_port_that_is_taken_is_named():
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(FPOError, match=rf"port {port} is in use on .*resources\.master_port"):
-            on_hosts(job(caches, tmp_path / "out"), two_hosts, master_port=port)
-    wait_for(lambda: not worker_processes(tmp_path), 10)
+        code = "from fpo_core.training.engine import start_distributed as s; s()"
+        done = as_rank_0("-c", code, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert re.search(
+        rf"FPOError: port {port} is in use on \S+, .*resources\.master_port", done.stderr
+    )
 
 
-def test_a_host_without_the_jobs_folder_is_said_to_be_so(tmp_path):
+@pytest.mark.slow
+def test_a_host_without_the_jobs_folder_is_named(tmp_path):
     """What the rank says there, and what the stage makes of it."""
+    gone = tmp_path / "not-mounted" / "job.json"
+    done = as_rank_0("-m", "fpo_core.training.worker", str(gone))
+    assert done.returncode == 1
+    (tmp_path / "workers.log").write_text("".join(f"two: {line}\n" for line in
+                                                  done.stderr.splitlines()))  # fmt: skip
+    told = str(failure(tmp_path, 1))
+    assert told.startswith(f"cannot start on the host {socket.gethostname()}: {gone} cannot be ")
+    assert "same paths" in told
 
 
 def ranks_of(folder: Path) -> list[int]:
