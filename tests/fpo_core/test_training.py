@@ -27,6 +27,7 @@ from tests.fpo_core.workers import (
     LAST,
     PINNED,
     job,
+    ranks_of,
     sae,
     train,
     worker_processes,
@@ -303,18 +304,16 @@ def test_no_worker_survives_its_parent(caches, tmp_path, how):
 
 
 def test_a_worker_killed_for_memory_is_said_as_such(caches, tmp_path):
-    """The kernel's way: SIGKILL to one rank, which its launcher outlives."""
+    """The kernel's way: SIGKILL to rank 1, whose neighbour fails for it, and says so first."""
     killed = []
 
-    def kill_the_rank(_record):
+    def kill_rank_1(_record):
         if not killed:
-            killed.append(True)
-            for pid, line in worker_processes(tmp_path):
-                if "torch.distributed.run" not in line:
-                    os.kill(pid, signal.SIGKILL)
+            killed.append(ranks_of(tmp_path)[1])
+            os.kill(killed[0], signal.SIGKILL)
 
     with pytest.raises(FPOError, match=r"most likely for memory \(.*\); lower resources"):
-        run_workers(job(caches, tmp_path / "out", epochs=100_000), 1, kill_the_rank)
+        run_workers(job(caches, tmp_path / "out", epochs=100_000), 2, kill_rank_1)
 
 
 def workers_of(folder: Path) -> list[str]:
