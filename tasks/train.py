@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
     from fpo_core.training.launch import run_workers
     from fpo_core.training.saved import check_saved
 
+    started = time.monotonic()
     hosts = run_hosts(run.recipe.resources)
     output = writer.scratch() / "attempt"
     shutil.rmtree(output, ignore_errors=True)
@@ -51,13 +53,18 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
     if saved:
         log.info("train: going on from %s", saved.name)
     records: list[dict[str, Any]] = []
+    to_first_step = 0.0
     progress = Progress("train", total=_total_steps(run), unit="step", done=earlier)
     with progress, keeper:
 
         def on_step(record: dict[str, Any]) -> None:
+            nonlocal to_first_step
             records.append(record)
             if record["step"] <= earlier:
                 return
+            if record["step"] == earlier + 1:
+                to_first_step = time.monotonic() - started - record["seconds"]
+                log.info("train: the first step began after %.1f s", to_first_step)
             note = f"loss {record['loss']:.3f}, accuracy {record['accuracy']:.2f}"
             progress.advance(1, note)
 
@@ -85,6 +92,7 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
         "beta": objective_options(job.settings).beta,
         "first_loss": records[0]["loss"],
         "last_loss": last["loss"],
+        "seconds_to_first_step": to_first_step,
         "missing_features_per_pair": sum(r["missing"] for r in records) / len(records),
     }
     tokens = sum(r["tokens_per_second"] * r["seconds"] for r in records[earlier:])

@@ -56,7 +56,7 @@ class TrainingJob(BaseModel):
     checkpoints: Path  # receives a folder a checkpoint
     checkpoint_minutes: float
     resume: Path | None = None  # the checkpoint to go on from
-    patience: float | None = None  # seconds without a sign of life of the stage, then ranks leave
+    patience: float | None = None  # seconds that ranks of several hosts wait for a sign of life
 
     def save(self, path: Path) -> None:
         """Write the job for the workers."""

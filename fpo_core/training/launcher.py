@@ -1,7 +1,8 @@
 """The process that starts the ranks: torch's on this machine, DeepSpeed's on several hosts.
 
 On one machine the workers stay in this process's group, so Prefect's cancellation and Ctrl-C reach
-them, and the kernel ends them when this process dies (parent-death signal), SIGKILL included.
+them, and the kernel ends them when this process dies (parent-death signal), SIGKILL included. A
+single rank needs no launcher, which would import torch first: three seconds until it starts.
 
 No signal crosses to another host, and DeepSpeed's launcher must get none that it answers (see
 ``hosts.py``): it has a session of its own, and the ranks go by the stage's orders.
@@ -25,13 +26,18 @@ from fpo_core.training.orders import Orders
 WORKER = "fpo_core.training.worker"
 # For the workers to end their step and save; Prefect kills a cancelled run after 30 seconds.
 GRACE_SECONDS = 28.0
+# What a launcher says to the only rank; it listens at any port.
+_ALONE = {
+    "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
+}  # fmt: skip
 # For the other ranks of a run that has failed to say what they saw.
 LAST_WORDS_SECONDS = 5.0
 _HOST_FAILED = re.compile(rb"ssh exited with exit code [1-9]")
 
 
 class Launcher:
-    """``torch.distributed.run`` with the ranks of this machine; it picks a free port itself.
+    """The ranks of this machine: ``torch.distributed.run``, which picks a free port itself.
 
     Args:
         job: the run.
@@ -43,11 +49,10 @@ class Launcher:
     def __init__(
         self, job: TrainingJob, job_file: Path, ranks: int, env: Mapping[str, str]
     ) -> None:
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc_per_node={ranks}", "-m", WORKER, str(job_file),
-        ]  # fmt: skip
-        self._start(job, command, env=env, preexec_fn=end_with_parent())
+        several = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+        command = [sys.executable, "-m", *(several if ranks > 1 else ()), WORKER, str(job_file)]
+        alone = _ALONE if ranks == 1 else {}
+        self._start(job, command, env={**env, **alone}, preexec_fn=end_with_parent())
 
     def _start(self, job: TrainingJob, command: list[str], **options: Any) -> None:
         self._orders = Orders(job.output)

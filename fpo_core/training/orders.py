@@ -7,6 +7,7 @@ not there, but asks again when it opens a file.
 """
 
 import logging
+import math
 import os
 import threading
 import time
@@ -62,22 +63,25 @@ def told_to_stop(output: Path) -> bool:
         return False
 
 
-def leave_with_the_stage(output: Path, patience: float) -> None:
+def leave_with_the_stage(output: Path, patience: float | None) -> None:
     """End this process when the stage is gone, from a thread that looks once a second.
+
+    The ranks leave at once when the file is gone, or is of another attempt.
 
     Args:
         output: the job's output folder.
-        patience: seconds without a sign of life. The ranks leave at once when the file is gone,
-            or is of another attempt.
+        patience: seconds that they wait for a sign of life; None: as long as the file is there.
     """
-    watch = threading.Thread(target=_watch, args=(output / ORDERS_FILE, patience), daemon=True)
+    most = math.inf if patience is None else patience / LOOK_SECONDS
+    watch = threading.Thread(target=_watch, args=(output / ORDERS_FILE, most), daemon=True)
     watch.start()
 
 
-def _watch(file: Path, patience: float) -> None:
-    attempt, beat, misses = None, 0, 0
-    heard = time.monotonic()
-    while misses < _MOST_MISSES and time.monotonic() - heard < patience:
+def _watch(file: Path, most_silent: float) -> None:
+    """Counts looks, not time: a process that was suspended has not waited."""
+    attempt, beat, misses, silent = None, 0, 0, 0
+    while misses < _MOST_MISSES and silent < most_silent:
+        silent += 1
         try:
             with file.open() as stream:
                 found, time_of = stream.readline(), os.fstat(stream.fileno()).st_mtime_ns
@@ -91,7 +95,7 @@ def _watch(file: Path, patience: float) -> None:
             if found != attempt:
                 break
             if time_of != beat:
-                beat, heard = time_of, time.monotonic()
+                beat, silent = time_of, 0
         time.sleep(LOOK_SECONDS)
     log.error("the train stage is gone: this rank leaves, without saving")
     os._exit(1)

@@ -320,8 +320,7 @@ def main() -> None:
             os.dup2(log.fileno(), stream)
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("fpo").setLevel(logging.INFO)
-    if job.patience is not None:
-        leave_with_the_stage(job.output, job.patience)
+    leave_with_the_stage(job.output, job.patience)
     prepare_cpu(job.threads)
     try:
         trainer = Trainer(job)

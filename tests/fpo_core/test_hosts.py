@@ -117,7 +117,7 @@ def test_stopping_reaches_all_hosts_and_nothing_foreign(caches, tmp_path, two_ho
 
 @pytest.mark.slow
 def test_ranks_of_all_hosts_leave_when_their_stage_is_killed(caches, tmp_path, two_hosts):
-    spec = job(caches, tmp_path / "out", epochs=100_000).model_copy(update={"patience": 8.0})
+    spec = job(caches, tmp_path / "out", epochs=100_000).model_copy(update={"patience": 7.0})
     spec.output.mkdir()
     spec.save(tmp_path / "spec.json")
     code = (

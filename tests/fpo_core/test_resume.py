@@ -12,9 +12,10 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 from fpo_core.errors import FPOError, Preempted
 from fpo_core.recipe.schema import TrainSettings
 from fpo_core.training.checkpoint import is_complete
-from fpo_core.training.engine import lr_factor
+from fpo_core.training.engine import lr_factor, make_engine, start_distributed
 from fpo_core.training.launch import run_workers
 from tests.fpo_core.workers import job, train, worker_processes
+from tests.tiny import make_model
 
 SAVING = {"checkpoint_minutes": 0.0}
 
@@ -53,20 +54,29 @@ def newest(spec):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "settings"),
+    ("ranks", "settings", "offload"),
     [
-        (1, {"method": "fpo"}),
-        (2, {"method": "fpo", "zero_stage": 2, "schedule": "cosine", "optimizer": "adamw"}),
-        (2, {"method": "tdpo2", "zero_stage": 3}),
-        (3, {"method": "dpo", "zero_stage": 3, "optimizer": "rmsprop"}),
+        (1, {"method": "fpo"}, "none"),
+        (
+            2,
+            {"method": "fpo", "zero_stage": 2, "schedule": "cosine", "optimizer": "adamw"},
+            "optimizer",
+        ),
+        (2, {"method": "tdpo2", "zero_stage": 3}, "all"),
+        (3, {"method": "dpo", "zero_stage": 3, "optimizer": "rmsprop"}, "none"),
     ],
 )
-def test_killed_training_resumes_to_the_same_bytes(caches, tmp_path, ranks, settings):
-    """SIGKILL to one rank in mid-run, resumed from what it had saved: weights and loss curve."""
+def test_killed_training_resumes_to_the_same_bytes(caches, tmp_path, ranks, settings, offload):
+    """SIGKILL to one rank in mid-run, resumed from what it had saved: weights and loss curve.
+
+    The run that nothing disturbs offloads nothing, which changes no byte on a CPU.
+    """
     settings = {"epochs": 20, "warmup_steps": 2, "lr": 1e-4, **settings}
     whole = job(caches, tmp_path / "whole", **settings)
     expected, weights = run(whole, ranks)
-    cut = job(caches, tmp_path / "cut", **settings).model_copy(update=SAVING)
+    cut = job(caches, tmp_path / "cut", **settings).model_copy(
+        update={**SAVING, "offload": offload}
+    )
     killed(cut, ranks, at_step=3)
     checkpoint = newest(cut)
     assert checkpoint.name >= "step-00000002"
@@ -77,6 +87,29 @@ def test_killed_training_resumes_to_the_same_bytes(caches, tmp_path, ranks, sett
     assert [r["lr"] for r in records] == [r["lr"] for r in expected]
     assert weights.keys() == resumed.keys()
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+@pytest.mark.slow
+def test_offloading_is_deepspeeds(monkeypatch):
+    """That DeepSpeed was told: on a CPU the result cannot show it."""
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    start_distributed()  # once a process
+    found = {}
+    for stage, offload in ((1, "none"), (1, "optimizer"), (3, "optimizer"), (3, "all")):
+        settings = TrainSettings(zero_stage=stage)
+        engine = make_engine(make_model(), (), settings, 10, half=False, offload=offload)
+        moved = engine.zero_offload_optimizer(), engine.zero_offload_param()
+        found[stage, offload] = [part and str(part.device) for part in moved]
+    assert found == {
+        (1, "none"): [None, None],
+        (1, "optimizer"): ["cpu", None],
+        (3, "optimizer"): ["cpu", None],
+        (3, "all"): ["cpu", "cpu"],
+    }
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

@@ -316,6 +316,24 @@ def test_a_worker_killed_for_memory_is_said_as_such(caches, tmp_path):
         run_workers(job(caches, tmp_path / "out", epochs=100_000), 2, kill_rank_1)
 
 
+@pytest.mark.slow
+def test_ranks_that_hang_go_with_their_launcher(caches, tmp_path, monkeypatch):
+    """One rank stands still, the other waits for it: both outlast the grace, none the stage."""
+    monkeypatch.setattr("fpo_core.training.launcher.GRACE_SECONDS", 1.0)
+    halted = []
+
+    def halt_and_interrupt(_record):
+        if not halted:
+            halted.append(ranks_of(tmp_path)[1])
+            os.kill(halted[0], signal.SIGSTOP)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_workers(job(caches, tmp_path / "out", epochs=100_000), 2, halt_and_interrupt)
+    os.kill(halted[0], signal.SIGCONT)
+    wait_for(lambda: not workers_of(tmp_path), 10)
+
+
 def workers_of(folder: Path) -> list[str]:
     return [line for _, line in worker_processes(folder)]
 
