@@ -249,7 +249,6 @@ def prepare_run(
     for stored in (settings.sae.source, *(other.source for other in settings.sae.also)):
         if stored:
             sae_folder(stored)  # its content enters the versions: it has to be here first
-    run_hosts(settings.resources)  # a bad hostfile is told before the hours ahead of training
     plan = make_plan(settings, artifacts)
     if plan.unresolved:
         raise FPOError(
@@ -257,6 +256,8 @@ def prepare_run(
             f"(HF_TOKEN) and the network, or give a local copy"
         )
     stages = selected_stages(plan, first, only)
+    if "train" in stages:
+        run_hosts(settings.resources)  # a bad hostfile is told before the hours ahead of training
     return PipelineRun(settings, artifacts, plan, frozenset(stages if force else ())), stages
 
 

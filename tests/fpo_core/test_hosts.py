@@ -92,8 +92,8 @@ def test_stopping_reaches_all_hosts_and_nothing_foreign(caches, tmp_path, two_ho
     DeepSpeed's launcher would end the other run, were it told to stop itself.
     """
     other = subprocess.Popen(
-        [sys.executable, "-u", "-c", "import time; time.sleep(100)", "-m",
-         "deepspeed.launcher.launch", "-u", "-m", "deepspeed.launcher.launch"]
+        [sys.executable, "-c", "import time; time.sleep(300)",
+         f"{sys.executable} -u -m deepspeed.launcher.launch"]  # what the pattern is
     )  # fmt: skip
     spec = job(caches, tmp_path / "out", epochs=100_000)
 
