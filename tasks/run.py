@@ -20,6 +20,7 @@ from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe, load_recipe
 from fpo_core.sae.source import sae_folder
 from fpo_core.tracking import check_wandb
+from fpo_core.training.hosts import run_hosts
 from storage.artifact import Artifact
 from storage.backend import Hold
 from storage.errors import ArtifactMissing, StoreError
@@ -263,6 +264,8 @@ def prepare_run(
             f"JSONL file)"
         )
     stages = selected_stages(plan, first, only)
+    if {"sft", "train"} & set(stages):
+        run_hosts(settings.resources)  # a bad hostfile is told before the hours ahead of training
     return PipelineRun(settings, artifacts, plan, frozenset(stages if force else ())), stages
 
 

@@ -38,6 +38,7 @@ def sft_job(run: PipelineRun, places: Places) -> TrainingJob:
         reference_dtype=run.recipe.model.dtype,
         tokens_per_batch=resources.tokens_per_batch,
         threads=resources.threads,
+        offload=resources.offload,
         output=places.output,
         version=run.planned("sft").version,
         made_from=run.planned("sft").made_of,

@@ -59,6 +59,7 @@ def training_job(run: PipelineRun, places: Places) -> TrainingJob:
         reference_dtype=run.recipe.model.dtype,
         tokens_per_batch=resources.tokens_per_batch,
         threads=resources.threads,
+        offload=resources.offload,
         output=places.output,
         version=run.planned("train").version,
         made_from=run.planned("train").made_of,

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -59,9 +60,12 @@ def run_training(
     """
     from fpo_core.training.checkpoint import read_meta
     from fpo_core.training.heldout import heldout_line, read_records
+    from fpo_core.training.hosts import run_hosts
     from fpo_core.training.launch import run_workers
     from fpo_core.training.saved import check_saved
 
+    started = time.monotonic()
+    hosts = run_hosts(run.recipe.resources)
     output = writer.scratch() / "attempt"
     shutil.rmtree(output, ignore_errors=True)
     keeper = CheckpointKeeper(writer, run.recipe.resources.checkpoints_kept)
@@ -73,15 +77,21 @@ def run_training(
     records: list[dict[str, Any]] = []
     heldout: list[dict[str, Any]] = []
     known = len(read_records(job))  # held-out records that come again
+    to_first_step = 0.0
     progress = Progress(stage, total=_total_steps(run, pairs, job), unit="step", done=earlier)
     with progress, keeper, _trackers(run, stage, job) as trackers:
 
         def on_step(record: dict[str, Any]) -> None:
+            nonlocal to_first_step
             records.append(record)
             for tracker in trackers:
                 tracker.log("train", record)
-            if record["step"] > earlier:
-                progress.advance(1, _note(record, heldout))
+            if record["step"] <= earlier:
+                return
+            if record["step"] == earlier + 1:
+                to_first_step = time.monotonic() - started - record["seconds"]
+                log.info("%s: the first step began after %.1f s", stage, to_first_step)
+            progress.advance(1, _note(record, heldout))
 
         def on_heldout(record: dict[str, Any]) -> None:
             heldout.append(record)
@@ -91,9 +101,8 @@ def run_training(
                 log.info("%s: %s", stage, heldout_line(record))
 
         try:
-            run_workers(
-                job, run.recipe.resources.ranks, on_step, keeper.keep, on_heldout=on_heldout
-            )
+            ranks = hosts.ranks if hosts else run.recipe.resources.ranks or 1
+            run_workers(job, ranks, on_step, keeper.keep, on_heldout, hosts)
         except FPOError as error:
             raise _with_kept_files(run, output, error) from error
         finally:
@@ -117,6 +126,7 @@ def run_training(
         "steps": records[-1]["steps"],
         "first_loss": records[0]["loss"],
         "last_loss": records[-1]["loss"],
+        "seconds_to_first_step": to_first_step,
     }
     if "missing" in records[0]:
         missing = sum(record["missing"] for record in records) / len(records)

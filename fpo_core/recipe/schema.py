@@ -15,6 +15,7 @@ from fpo_core.recipe.methods import METHODS
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Offload = Literal["none", "optimizer", "all"]
 
 
 class Settings(BaseModel):
@@ -339,11 +340,40 @@ class ResourceSettings(Settings):
     tokens_per_batch: Count = Field(
         default=1024, description="tokens a forward pass, padding included"
     )
-    ranks: Count = Field(default=1, description="training worker processes")
+    ranks: Count | None = Field(
+        default=None,
+        description="training worker processes; default: 1, or as many as the hostfile has slots",
+    )
+    hostfile: str | None = Field(
+        default=None,
+        description="train on several hosts: a file with a line `HOST slots=RANKS` for each",
+    )
+    master_addr: str | None = Field(
+        default=None, description="with a hostfile: address of its first host, as the others see it"
+    )
+    master_port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(
+        default=None,
+        description="with a hostfile: port of its first host where ranks meet; default: a free one",
+    )
+    offload: Offload = Field(
+        default="none",
+        description="keep the masters and the optimizer's state in the CPU's memory (`optimizer`, "
+        "ZeRO 1 to 3), or the parameters too (`all`, ZeRO 3)",
+    )
     checkpoint_minutes: NonNegative = Field(
         default=10, description="training saves itself this often, at a step's end; 0: every step"
     )
     checkpoints_kept: Count = Field(default=2, description="newest checkpoints kept while training")
+
+    @model_validator(mode="after")
+    def _meeting_place_of_hosts(self) -> "ResourceSettings":
+        for name in ("master_addr", "master_port"):
+            if self.hostfile is None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"resources.{name} is for several hosts (resources.hostfile); on one machine "
+                    f"the ranks meet at a free port"
+                )
+        return self
 
 
 class StoreSettings(Settings):
@@ -392,6 +422,19 @@ class Recipe(Settings):
                 f"train.pooled=false compares the top {k} features of every token (train.k), "
                 f"features.tokens_k stores {features.tokens_k}; raise features.tokens_k"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_fits_the_stage(self) -> "Recipe":
+        offload = self.resources.offload
+        allowed = {"none": (0, 1, 2, 3), "optimizer": (1, 2, 3), "all": (3,)}[offload]
+        for section, settings in (("sft", self.sft), ("train", self.train)):
+            if settings and settings.zero_stage not in allowed:
+                raise ValueError(
+                    f"resources.offload={offload} takes {section}.zero_stage="
+                    f"{' or '.join(map(str, allowed))}, it is {settings.zero_stage}: DeepSpeed "
+                    f"moves what ZeRO has partitioned"
+                )
         return self
 
     @property

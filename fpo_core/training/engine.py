@@ -2,6 +2,7 @@
 
 import math
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from torch import nn
 
 from fpo_core.data.batches import PairBatch
+from fpo_core.errors import FPOError
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.forward import PairForward, ReferenceSide, forward_pairs
-from fpo_core.recipe.schema import TrainSettings
+from fpo_core.recipe.schema import Offload, TrainSettings
 
 
 class Policy(nn.Module):
@@ -28,19 +30,45 @@ class Policy(nn.Module):
 
 
 def start_distributed() -> str:
-    """Join the process group that the launcher's environment describes; returns the device."""
+    """Join the process group that the launcher's environment describes; returns the device.
+
+    Raises:
+        FPOError: fewer GPUs on this host than ranks, or the port is taken that rank 0 listens at.
+    """
+    cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
+    host = socket.gethostname()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    elif local_rank >= torch.cuda.device_count():
+        raise FPOError(
+            f"{host} has {torch.cuda.device_count()} GPUs, and a rank there wants one more; lower "
+            f"its slots in resources.hostfile"
+        )
     import deepspeed
 
-    cuda = torch.cuda.is_available()
     # Else DeepSpeed compiles a shared-memory all-reduce when it first starts on a CPU, which takes
     # a C++ compiler and most of a minute, and serves several ranks of one machine only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise FPOError(
+            f"port {os.environ['MASTER_PORT']} is in use on {host}, where rank 0 listens for the "
+            f"others; give resources.master_port one that is free, or leave it out"
+        ) from error
+    return f"cuda:{local_rank}" if cuda else "cpu"
 
 
 def make_engine(
-    model: Any, hookpoints: Sequence[Hookpoint], settings: TrainSettings, steps: int, *, half: bool
+    model: Any,
+    hookpoints: Sequence[Hookpoint],
+    settings: TrainSettings,
+    steps: int,
+    *,
+    half: bool,
+    offload: Offload = "none",
 ) -> Any:
     """Wrap a float32 model for training.
 
@@ -50,6 +78,7 @@ def make_engine(
         settings: the recipe's ``train`` section.
         steps: optimizer steps of the run.
         half: compute in bfloat16, with float32 masters.
+        offload: what is kept in the CPU's memory.
     """
     import deepspeed
 
@@ -75,7 +104,7 @@ def make_engine(
         config={
             "train_micro_batch_size_per_gpu": 1,  # ours vary; who calls backward scales the loss
             "gradient_accumulation_steps": 1,
-            "zero_optimization": {"stage": settings.zero_stage},
+            "zero_optimization": {"stage": settings.zero_stage, **_offloaded(offload)},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "gradient_clipping": settings.max_grad_norm,
@@ -84,6 +113,12 @@ def make_engine(
         },
     )
     return engine
+
+
+def _offloaded(what: Offload) -> dict[str, Any]:
+    place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    optimizer = {} if what == "none" else {"offload_optimizer": place}
+    return {**optimizer, "offload_param": place} if what == "all" else optimizer
 
 
 def lr_factor(settings: TrainSettings, step: int, steps: int) -> float:

@@ -7,18 +7,20 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from fpo_core.hookpoint import Hookpoint
-from fpo_core.recipe.schema import MonitorSettings, TrainSettings
+from fpo_core.recipe.schema import MonitorSettings, Offload, TrainSettings
 
 # What the workers write below the job's output folder.
 METRICS_FILE, MODEL_FOLDER = "metrics.jsonl", "model"
 HELDOUT_FILE = "heldout.jsonl"  # a line a measurement on held-out pairs
 LOG_FILES = (METRICS_FILE, HELDOUT_FILE)  # what a resumed run goes on writing
+LOG_FILE = "workers.log"  # all that the launcher said
 RANK_LOG = "train-rank{rank}.log"  # all that a rank's process said
 ERROR_FILE = "error-rank{rank}.json"  # why a rank failed, and when
 LAST_FILE = "last.json"  # log-probs of one pair by the trained policy, to check what was saved
 WARNINGS_FILE = "warnings.log"  # a line each, which the stage tells
 PREEMPTED_FILE = "preempted.json"  # the run was told to stop, and saved itself
 BAD_BATCH_FILE = "bad-batch-step{step}-rank{rank}.parquet"  # the batch of a loss that is not finite
+NO_JOB = "cannot start on the host"  # begins what a rank says that cannot read its job
 
 
 class JobSae(BaseModel):
@@ -51,6 +53,7 @@ class TrainingJob(BaseModel):
     reference_dtype: str  # dtype the caches were computed in; bounds the drift at step 0
     tokens_per_batch: int
     threads: int | None
+    offload: Offload = "none"
     output: Path  # receives model/, metrics.jsonl, heldout.jsonl and the ranks' logs
     version: str  # of the policy to be made, which a checkpoint has to be of
     made_from: dict[str, Any]  # settings and inputs that the version follows from
@@ -58,6 +61,7 @@ class TrainingJob(BaseModel):
     checkpoint_minutes: float
     resume: Path | None = None  # the checkpoint to go on from
     monitor: MonitorSettings | None = None  # None: nothing is measured on held-out pairs
+    patience: float | None = None  # seconds that ranks of several hosts wait for a sign of life
 
     def save(self, path: Path) -> None:
         """Write the job for the workers."""

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -55,6 +56,7 @@ from fpo_core.training.job import (
     LAST_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
+    NO_JOB,
     PREEMPTED_FILE,
     RANK_LOG,
     WARNINGS_FILE,
@@ -62,6 +64,7 @@ from fpo_core.training.job import (
 )
 from fpo_core.training.live_reference import load_live_reference
 from fpo_core.training.loss import BatchLoss, PairLoss, metric_sums
+from fpo_core.training.orders import leave_with_the_stage, told_to_stop
 from fpo_core.training.start_gate import check_start
 from fpo_core.training.stream import ExampleStream
 
@@ -161,7 +164,10 @@ class Trainer:
 
     def _engine(self, model: Any) -> Any:
         half = self.job.reference_dtype == "bfloat16" and self.device != "cpu"
-        return make_engine(model, self.loss.hookpoints, self.job.settings, self.steps, half=half)
+        return make_engine(
+            model, self.loss.hookpoints, self.job.settings, self.steps,
+            half=half, offload=self.job.offload,
+        )  # fmt: skip
 
     def run(self) -> None:
         """Train to the end and save the policy."""
@@ -181,17 +187,21 @@ class Trainer:
                     log.flush()
                 if self.heldout:
                     self.heldout.after_step(
-                        self.engine, step, last=step == self.steps, stop=lambda: self.asked_to_stop
+                        self.engine, step, last=step == self.steps, stop=self._told_to_stop
                     )
                 if step < self.steps and self._to_save(step):
                     return
                 started = time.monotonic()
         self._save()
 
+    def _told_to_stop(self) -> bool:
+        """Whether this rank knows of a wish to stop; the others learn it from an all-reduce."""
+        return self.asked_to_stop or (self.rank == 0 and told_to_stop(self.job.output))
+
     def _to_save(self, step: int) -> bool:
         """Save a checkpoint where one is due, on all ranks alike; True when told to stop."""
         minutes = (time.monotonic() - self.saved_at) / 60
-        wishes = [minutes >= self.job.checkpoint_minutes, self.asked_to_stop]
+        wishes = [minutes >= self.job.checkpoint_minutes, self._told_to_stop()]
         agreed = torch.tensor([float(wish) for wish in wishes], device=self.device)
         torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
         due, stop = (bool(wish) for wish in agreed.tolist())
@@ -318,14 +328,26 @@ class Trainer:
         torch.distributed.barrier()
 
 
+def _job(path: Path) -> TrainingJob:
+    try:
+        return TrainingJob.load(path)
+    except OSError as error:
+        sys.exit(
+            f"{NO_JOB} {socket.gethostname()}: {path} cannot be read there ({error.strerror}). All "
+            f"hosts of resources.hostfile need the store's work in progress, the checkout and the "
+            f"Python environment under the same paths"
+        )
+
+
 def main() -> None:
     """Run one rank; why it failed goes to its error file, for the stage to show."""
-    job, rank = TrainingJob.load(Path(sys.argv[1])), int(os.environ["RANK"])
+    job, rank = _job(Path(sys.argv[1])), int(os.environ["RANK"])
     with (job.output / RANK_LOG.format(rank=rank)).open("ab") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("fpo").setLevel(logging.INFO)
+    leave_with_the_stage(job.output, job.patience)
     prepare_cpu(job.threads)
     try:
         trainer = Trainer(job)

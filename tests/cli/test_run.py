@@ -48,6 +48,20 @@ def test_a_run_makes_every_artifact_and_a_report(finished_run):
     assert [p for p in (finished_run.store / "scratch").iterdir() if p.suffix != ".lock"] == []
 
 
+def test_a_bad_hostfile_is_told_before_any_stage(fpo, finished_run, tmp_path):
+    (tmp_path / "hosts").write_text("node-1 slots=2\nnode-2\n")
+    to_hosts = ("--set", f"resources.hostfile={tmp_path / 'hosts'}")
+    done = run(fpo, finished_run.recipe, tmp_path / "store", *to_hosts)
+    assert done.code == 1
+    assert "hosts, line 2: 'node-2' is not `HOST slots=N`" in done.err
+    assert not (tmp_path / "store" / "artifacts").exists()
+
+
+def test_the_time_to_the_first_step_is_recorded(finished_run):
+    (policy,) = (made for name, made in manifests(finished_run.store).items() if "policy" in name)
+    assert 1 < policy["stats"]["seconds_to_first_step"] < policy["seconds"]
+
+
 def test_manifests_name_no_path_of_this_machine(finished_run):
     text = json.dumps(manifests(finished_run.store))
     assert str(finished_run.store.parent) not in text

@@ -88,6 +88,25 @@ REFUSED = {
         "", ("sae.train={text: [], d_sae: 1, k: 1, steps: 1, lr: 1}",),
         "exactly one of sae.source and sae.train",
     ),
+    "offload without ZeRO": (
+        "", ("resources.offload=optimizer",),
+        r"resources\.offload=optimizer takes train\.zero_stage=1 or 2 or 3, it is 0",
+    ),
+    "offload of all without ZeRO-3": (
+        "", ("resources.offload=all", "train.zero_stage=2"), r"takes train\.zero_stage=3, it is 2",
+    ),
+    "unknown offload": (
+        "", ("resources.offload=nvme",), r"offload: .*'none', 'optimizer' or 'all'.*'nvme'",
+    ),
+    "unknown ZeRO stage": (
+        "", ("train.zero_stage=4",), r"train\.zero_stage: .*0, 1, 2 or 3 \(given: 4\)",
+    ),
+    "port without hosts": (
+        "", ("resources.master_port=29500",), r"master_port is for several hosts",
+    ),
+    "port of the system": (
+        "", ("resources.master_port=22",), r"master_port: .*greater than or equal to 1024",
+    ),
     "no equals sign": ("", ("train.alpha",), r"--set 'train\.alpha': write key\.path=value"),
     "value as section": ("", ("name.x=1",), r"'name' is a value, not a section"),
     "bad YAML": ("train: [", (), r"mine\.yaml: not YAML \("),

@@ -19,9 +19,10 @@ from fpo_core.models.load import load_model
 from fpo_core.recipe.schema import MonitorSettings, TrainSettings
 from fpo_core.sae.coder import load_coder
 from fpo_core.training.checkpoint import is_complete
-from fpo_core.training.engine import lr_factor
+from fpo_core.training.engine import lr_factor, make_engine, start_distributed
 from fpo_core.training.launch import run_workers
 from tests.fpo_core.workers import FIRST, job, train, worker_processes
+from tests.tiny import make_model
 
 SAVING = {"checkpoint_minutes": 0.0}
 
@@ -83,25 +84,32 @@ def newest(spec):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "settings"),
+    ("ranks", "settings", "offload"),
     [
-        (1, {"method": "fpo"}),
-        (2, {"method": "fpo", "zero_stage": 2, "schedule": "cosine", "optimizer": "adamw"}),
-        (2, {"method": "tdpo2", "zero_stage": 3}),
-        (3, {"method": "dpo", "zero_stage": 3, "optimizer": "rmsprop"}),
+        (1, {"method": "fpo"}, "none"),
+        (
+            2,
+            {"method": "fpo", "zero_stage": 2, "schedule": "cosine", "optimizer": "adamw"},
+            "optimizer",
+        ),
+        (2, {"method": "tdpo2", "zero_stage": 3}, "all"),
+        (3, {"method": "dpo", "zero_stage": 3, "optimizer": "rmsprop"}, "none"),
     ],
 )
-def test_killed_training_resumes_to_the_same_bytes(heldout_caches, tmp_path, ranks, settings):
+def test_killed_training_resumes_to_the_same_bytes(
+    heldout_caches, tmp_path, ranks, settings, offload
+):
     """SIGKILL to one rank in mid-run, resumed from what it had saved: weights and loss curve.
 
-    The killed one measures held-out pairs, which the whole one does not: that changes nothing.
+    The killed one measures held-out pairs and offloads, which the whole one does not: that changes
+    no byte on a CPU.
     """
     settings = {"epochs": 20, "warmup_steps": 2, "lr": 1e-4, **settings}
     whole = job(heldout_caches, tmp_path / "whole", **settings)
     expected, weights = run(whole, ranks)
     held = (6, 1, 2)[ranks - 1]  # fewer than ranks: one has none
     monitor = MonitorSettings(heldout_steps=2, heldout_pairs=held)
-    watched = {**SAVING, "monitor": monitor}
+    watched = {**SAVING, "monitor": monitor, "offload": offload}
     cut = job(heldout_caches, tmp_path / "cut", **settings).model_copy(update=watched)
     killed(cut, ranks, at_step=3)
     checkpoint = newest(cut)
@@ -120,6 +128,29 @@ def test_killed_training_resumes_to_the_same_bytes(heldout_caches, tmp_path, ran
     alone = health_of_the_reference(heldout_caches, held)
     for name, value in {"loss": math.log(2), **alone}.items():
         assert after[0][name] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_offloading_is_deepspeeds(monkeypatch):
+    """That DeepSpeed was told: on a CPU the result cannot show it."""
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    start_distributed()  # once a process
+    found = {}
+    for stage, offload in ((1, "none"), (1, "optimizer"), (3, "optimizer"), (3, "all")):
+        settings = TrainSettings(zero_stage=stage)
+        engine = make_engine(make_model(), (), settings, 10, half=False, offload=offload)
+        moved = engine.zero_offload_optimizer(), engine.zero_offload_param()
+        found[stage, offload] = [part and str(part.device) for part in moved]
+    assert found == {
+        (1, "none"): [None, None],
+        (1, "optimizer"): ["cpu", None],
+        (3, "optimizer"): ["cpu", None],
+        (3, "all"): ["cpu", "cpu"],
+    }
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

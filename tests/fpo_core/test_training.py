@@ -28,6 +28,7 @@ from tests.fpo_core.workers import (
     LAST,
     PINNED,
     job,
+    ranks_of,
     sae,
     train,
     worker_processes,
@@ -319,18 +320,34 @@ def test_no_worker_survives_its_parent(caches, tmp_path, how):
 
 
 def test_a_worker_killed_for_memory_is_said_as_such(caches, tmp_path):
-    """The kernel's way: SIGKILL to one rank, which its launcher outlives."""
+    """The kernel's way: SIGKILL to rank 1, whose neighbour fails for it, and says so first."""
     killed = []
 
-    def kill_the_rank(_record):
+    def kill_rank_1(_record):
         if not killed:
-            killed.append(True)
-            for pid, line in worker_processes(tmp_path):
-                if "torch.distributed.run" not in line:
-                    os.kill(pid, signal.SIGKILL)
+            killed.append(ranks_of(tmp_path)[1])
+            os.kill(killed[0], signal.SIGKILL)
 
     with pytest.raises(FPOError, match=r"most likely for memory \(.*\); lower resources"):
-        run_workers(job(caches, tmp_path / "out", epochs=100_000), 1, kill_the_rank)
+        run_workers(job(caches, tmp_path / "out", epochs=100_000), 2, kill_rank_1)
+
+
+@pytest.mark.slow
+def test_ranks_that_hang_go_with_their_launcher(caches, tmp_path, monkeypatch):
+    """One rank stands still, the other waits for it: both outlast the grace, none the stage."""
+    monkeypatch.setattr("fpo_core.training.launcher.GRACE_SECONDS", 1.0)
+    halted = []
+
+    def halt_and_interrupt(_record):
+        if not halted:
+            halted.append(ranks_of(tmp_path)[1])
+            os.kill(halted[0], signal.SIGSTOP)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_workers(job(caches, tmp_path / "out", epochs=100_000), 2, halt_and_interrupt)
+    os.kill(halted[0], signal.SIGCONT)
+    wait_for(lambda: not workers_of(tmp_path), 10)
 
 
 def workers_of(folder: Path) -> list[str]:

@@ -102,3 +102,14 @@ def worker_processes(folder: Path) -> list[tuple[int, str]]:
             if str(folder) in line and "fpo_core.training.worker" in line:
                 found.append((int(entry.name), line))
     return found
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """Process ids of the ranks, by rank."""
+    found = {}
+    for pid, line in worker_processes(folder):
+        if "launcher" not in line and "torch.distributed.run" not in line:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            rank = next(v for v in environment if v.startswith(b"RANK="))
+            found[int(rank[5:])] = pid
+    return [found[rank] for rank in sorted(found)]
