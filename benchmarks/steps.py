@@ -41,7 +41,7 @@ from fpo_core.hookpoint import Hookpoint
 from fpo_core.logprobs import output_head
 from fpo_core.models.forward import forward_pairs, reference_side, scored_hidden
 from fpo_core.quiet import set_quiet_defaults
-from fpo_core.recipe.schema import TrainSettings
+from fpo_core.recipe.training import TrainSettings
 from fpo_core.sae.coder import AttachedSae, SparseCoder
 from fpo_core.training.cached import CachedBatch
 from fpo_core.training.engine import make_engine, start_distributed

@@ -35,7 +35,7 @@ from fpo_core.models.forward import forward_pairs
 from fpo_core.models.load import load_tokenizer, model_folder, prepare_cpu
 from fpo_core.quiet import set_quiet_defaults
 from fpo_core.recipe import load_recipe
-from fpo_core.recipe.schema import TrainSettings
+from fpo_core.recipe.training import TrainSettings
 from fpo_core.sae.coder import AttachedSae, load_coder
 from fpo_core.sae.source import sae_folder
 from fpo_core.training.engine import make_engine

@@ -16,7 +16,7 @@ from fpo_core.errors import FPOError, UsageError
 from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe
 from fpo_core.recipe.options import objective_options
-from fpo_core.recipe.schema import OptimizerSettings, TrainSettings
+from fpo_core.recipe.training import OptimizerSettings, TrainSettings
 from fpo_core.sae.source import declared_width, identify_sae
 from storage.lineage import input_artifacts
 from storage.store import Store

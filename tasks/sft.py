@@ -3,7 +3,7 @@
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from fpo_core.recipe.schema import OptimizerSettings, TrainSettings
+from fpo_core.recipe.training import OptimizerSettings, TrainSettings
 from fpo_core.training.job import TrainingJob
 from storage.writer import ArtifactWriter
 from tasks.announce import announce

@@ -3,7 +3,7 @@
 from typing import NamedTuple, TypeVar
 
 from fpo_core.recipe.methods import METHODS
-from fpo_core.recipe.schema import TrainSettings
+from fpo_core.recipe.training import TrainSettings
 
 T = TypeVar("T")
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import polars as pl
 
 from fpo_core.errors import FPOError
-from fpo_core.training.examples import SIDES, Example
+from fpo_core.training.examples import Example
 from fpo_core.training.loss import BatchLoss
+from fpo_core.training.shards import SIDES
 
 
 def keep_bad_batch(

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fpo_core.features.discrepancy import CachedFeatures
 from fpo_core.features.pool import TopFeatures
-from fpo_core.training.examples import CachedSide, Example, TokenFeatures
+from fpo_core.training.examples import Example
+from fpo_core.training.feature_shards import CachedSide, TokenFeatures
 
 
 class CachedBatch(NamedTuple):

@@ -14,7 +14,8 @@ from fpo_core.data.batches import PairBatch
 from fpo_core.errors import FPOError
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.forward import PairForward, ReferenceSide, forward_pairs
-from fpo_core.recipe.schema import Offload, TrainSettings
+from fpo_core.recipe.schema import Offload
+from fpo_core.recipe.training import TrainSettings
 
 
 class Policy(nn.Module):

@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from fpo_core.hookpoint import Hookpoint
-from fpo_core.recipe.schema import MonitorSettings, Offload, TrainSettings
+from fpo_core.recipe.schema import MonitorSettings, Offload
+from fpo_core.recipe.training import TrainSettings
 
 # What the workers write below the job's output folder.
 METRICS_FILE, MODEL_FOLDER = "metrics.jsonl", "model"

@@ -26,7 +26,7 @@ from fpo_core.models.forward import PairForward, ReferenceSide
 from fpo_core.objectives import Objective, SideScores, objective
 from fpo_core.recipe.methods import METHODS
 from fpo_core.recipe.options import objective_options
-from fpo_core.recipe.schema import TrainSettings
+from fpo_core.recipe.training import TrainSettings
 from fpo_core.sae.coder import AttachedSae
 from fpo_core.training.cached import CachedBatch
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fpo_core.recipe.schema import OptimizerSettings
+from fpo_core.recipe.training import OptimizerSettings
 
 
 class Group(NamedTuple):

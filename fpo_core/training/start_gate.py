@@ -13,7 +13,7 @@ from torch import Tensor
 from fpo_core.data.batches import PairBatch
 from fpo_core.errors import FPOError
 from fpo_core.features.discrepancy import CachedFeatures
-from fpo_core.recipe.schema import TrainSettings
+from fpo_core.recipe.training import TrainSettings
 from fpo_core.training.cached import CachedBatch
 from fpo_core.training.loss import BatchLoss
 

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from fpo_core.recipe.schema import OptimizerSettings
+from fpo_core.recipe.training import OptimizerSettings
 from fpo_core.training.examples import AlignedShards, Example
 from fpo_core.training.order import batches_of, groups, num_steps
 

@@ -9,7 +9,6 @@ import functools
 import json
 import logging
 import os
-import signal
 import socket
 import sys
 import time
@@ -17,9 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from fpo_core.data.batches import batches_by_length, collate
 from fpo_core.errors import FPOError
@@ -31,44 +28,25 @@ from fpo_core.recipe.methods import METHODS
 from fpo_core.sae.coder import AttachedSae, load_coder
 from fpo_core.training.bad_batch import keep_bad_batch
 from fpo_core.training.cached import cached_batch
-from fpo_core.training.checkpoint import (
-    Checkpoint,
-    begin_logs,
-    check_same_run,
-    folder_name,
-    full_masters,
-    load_checkpoint,
-    read_meta,
-    save_checkpoint,
-)
-from fpo_core.training.engine import (
-    fp32_grad_norm,
-    lr_factor,
-    make_engine,
-    set_schedule,
-    start_distributed,
-)
-from fpo_core.training.examples import AlignedShards, Example, FeatureShards, check_vocabulary
+from fpo_core.training.checkpoint import begin_logs
+from fpo_core.training.engine import fp32_grad_norm, lr_factor, make_engine, start_distributed
+from fpo_core.training.examples import AlignedShards, Example, check_vocabulary
+from fpo_core.training.feature_shards import FeatureShards
 from fpo_core.training.heldout import HeldoutMonitor, heldout_part
 from fpo_core.training.job import (
     BAD_BATCH_FILE,
     ERROR_FILE,
-    LAST_FILE,
     METRICS_FILE,
-    MODEL_FOLDER,
     NO_JOB,
-    PREEMPTED_FILE,
     RANK_LOG,
-    WARNINGS_FILE,
     TrainingJob,
 )
 from fpo_core.training.live_reference import load_live_reference
 from fpo_core.training.loss import BatchLoss, PairLoss, metric_sums
-from fpo_core.training.orders import leave_with_the_stage, told_to_stop
+from fpo_core.training.orders import leave_with_the_stage
+from fpo_core.training.saver import Saver
 from fpo_core.training.start_gate import check_start
 from fpo_core.training.stream import ExampleStream
-
-MOST_UNSAVED = 2  # checkpoints in a row
 
 
 class Trainer:
@@ -97,26 +75,9 @@ class Trainer:
         self.engine = self._engine(model)
         self.grad_norm: float | None = None
         self.data_seconds = 0.0  # of a step, for its examples and batches
-        self.done = self._resumed()
+        self.saver = Saver(job, self.engine, self.device)
+        self.done = self.saver.resume()
         self.heldout = self._heldout_monitor()
-        self.saved_at, self.unsaved = time.monotonic(), 0
-        self.asked_to_stop = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
-
-    def _stop(self, _number: int, _frame: Any) -> None:
-        """Preemption, cancellation or Ctrl-C: save at the end of this step, and leave."""
-        self.asked_to_stop = True
-
-    def _resumed(self) -> int:
-        """Steps that an earlier attempt did; its state is this engine's then."""
-        folder = self.job.resume
-        if folder is None:
-            return 0
-        check_same_run(read_meta(folder), self.job)
-        step = load_checkpoint(self.engine, folder)
-        set_schedule(self.engine, step)
-        return step
 
     def _saes(self) -> list[AttachedSae]:
         decoder = self.job.monitor is not None  # for the FVU on held-out pairs
@@ -187,54 +148,12 @@ class Trainer:
                     log.flush()
                 if self.heldout:
                     self.heldout.after_step(
-                        self.engine, step, last=step == self.steps, stop=self._told_to_stop
+                        self.engine, step, last=step == self.steps, stop=self.saver.told_to_stop
                     )
-                if step < self.steps and self._to_save(step):
+                if step < self.steps and self.saver.after_step(step):
                     return
                 started = time.monotonic()
-        self._save()
-
-    def _told_to_stop(self) -> bool:
-        """Whether this rank knows of a wish to stop; the others learn it from an all-reduce."""
-        return self.asked_to_stop or (self.rank == 0 and told_to_stop(self.job.output))
-
-    def _to_save(self, step: int) -> bool:
-        """Save a checkpoint where one is due, on all ranks alike; True when told to stop."""
-        minutes = (time.monotonic() - self.saved_at) / 60
-        wishes = [minutes >= self.job.checkpoint_minutes, self._told_to_stop()]
-        agreed = torch.tensor([float(wish) for wish in wishes], device=self.device)
-        torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
-        due, stop = (bool(wish) for wish in agreed.tolist())
-        if due or stop:
-            self._save_checkpoint(step)
-            self.saved_at = time.monotonic()
-        if stop and self.rank == 0:
-            (self.job.output / PREEMPTED_FILE).write_text(json.dumps({"step": step}))
-        return stop
-
-    def _save_checkpoint(self, step: int) -> None:
-        """Write this rank's part; a disk that cannot take it is said, and training goes on.
-
-        Raises:
-            FPOError: it was so twice in a row.
-        """
-        folder = self.job.checkpoints / folder_name(step)
-        meta = Checkpoint(step, self.world, self.job.version, self.job.made_from)
-        try:
-            save_checkpoint(self.engine, folder, meta, self.rank, self.job.output)
-        except (OSError, SafetensorError) as error:
-            self.unsaved += 1
-            told = f"rank {self.rank} could not write checkpoint {folder.name}: {error}"
-            if self.unsaved >= MOST_UNSAVED:
-                raise FPOError(
-                    f"{told}, after the one before. Make room where the store keeps "
-                    f"its work in progress, and run the same command again: it goes on from the "
-                    f"last checkpoint"
-                ) from error
-            with (self.job.output / WARNINGS_FILE).open("a") as warnings:
-                warnings.write(told + "\n")
-        else:
-            self.unsaved = 0
+        self.saver.save_policy(self.shards.first().ids)
 
     def _step(self, step: int, batch: list[Example]) -> dict[str, float]:
         # By length, so that every rank has as much to do.
@@ -308,24 +227,6 @@ class Trainer:
     def _grad_norm(self) -> float | None:
         norm = self.engine.get_global_grad_norm()
         return self.grad_norm if norm is None else float(norm)
-
-    def _save(self) -> None:
-        """Write the policy, of its float32 masters, and what it says of one pair."""
-        half = self.engine.bfloat16_enabled()
-        state = full_masters(self.engine, torch.bfloat16 if half else torch.float32)
-        pair = self.shards.first().ids
-        batch = collate([pair], device=self.device)
-        with torch.no_grad():
-            logps = self.engine.module(batch).logps.tolist()
-        if self.rank == 0:
-            model = self.engine.module.model
-            model.config.use_cache = True
-            model.config.dtype = self.job.reference_dtype if half else "float32"
-            model.save_pretrained(self.job.output / MODEL_FOLDER, state_dict=state)
-            ids = [np.asarray(part).tolist() for part in pair[1:]]
-            last = {"pair": [pair.pair_id, *ids], "logps": logps}
-            (self.job.output / LAST_FILE).write_text(json.dumps(last))
-        torch.distributed.barrier()
 
 
 def _job(path: Path) -> TrainingJob:

@@ -19,7 +19,8 @@ from fpo_core.recipe.schema import FeatureSettings
 from fpo_core.sae.coder import AttachedSae, load_coder
 from fpo_core.sae.collect import collect_activations
 from fpo_core.sae.quality import sae_quality
-from fpo_core.training.examples import CachedSide, Example, PooledFeatures
+from fpo_core.training.examples import Example
+from fpo_core.training.feature_shards import CachedSide, PooledFeatures
 from tests.other_device import DEVICE, other_device
 from tests.tiny import SAE_LAYER, make_model, save_sae
 

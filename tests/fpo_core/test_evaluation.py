@@ -9,7 +9,8 @@ from fpo_core.evaluation.heldout import HeldoutScores, score_heldout
 from fpo_core.evaluation.metrics import METRICS, bootstrap_draws, estimate, heldout_metrics
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.sae.coder import AttachedSae, load_coder
-from fpo_core.training.examples import CachedSide, Example, PooledFeatures
+from fpo_core.training.examples import Example
+from fpo_core.training.feature_shards import CachedSide, PooledFeatures
 from tests.fpo_core.test_offline import plain, score
 from tests.tiny import D_SAE, SAE_LAYER, make_model
 

@@ -20,7 +20,8 @@ from fpo_core.sae.coder import AttachedSae, load_coder
 from fpo_core.sae.health import Health, sae_health, usual_range
 from fpo_core.training import heldout
 from fpo_core.training.engine import Policy
-from fpo_core.training.examples import FeatureShards, read_examples
+from fpo_core.training.examples import read_examples
+from fpo_core.training.feature_shards import FeatureShards
 from fpo_core.training.heldout import HeldoutMonitor, heldout_line, heldout_part
 from fpo_core.training.launch import _Tail, _tell_of_records
 from fpo_core.training.loss import PairLoss

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fpo_core.objectives import SideScores, objective
 from fpo_core.recipe.methods import METHODS, Method
 from fpo_core.recipe.options import Options, objective_options
-from fpo_core.recipe.schema import TrainSettings
+from fpo_core.recipe.training import TrainSettings
 
 CHOSEN = SideScores(
     torch.tensor([-10.0], dtype=torch.float64), torch.tensor([-12.0], dtype=torch.float64),

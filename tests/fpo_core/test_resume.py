@@ -16,7 +16,8 @@ from fpo_core.data.batches import PairIds, collate
 from fpo_core.errors import FPOError, Preempted
 from fpo_core.models.forward import scored_activations
 from fpo_core.models.load import load_model
-from fpo_core.recipe.schema import MonitorSettings, TrainSettings
+from fpo_core.recipe.schema import MonitorSettings
+from fpo_core.recipe.training import TrainSettings
 from fpo_core.sae.coder import load_coder
 from fpo_core.training.checkpoint import is_complete
 from fpo_core.training.engine import lr_factor, make_engine, start_distributed

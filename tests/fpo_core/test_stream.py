@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fpo_core.data.batches import PairIds
 from fpo_core.errors import FPOError
-from fpo_core.recipe.schema import SftSettings
+from fpo_core.recipe.training import SftSettings
 from fpo_core.training.examples import AlignedShards, Example, check_vocabulary
 from fpo_core.training.stream import ExampleStream
 

@@ -20,7 +20,8 @@ from fpo_core.data.batches import PairIds
 from fpo_core.errors import FPOError
 from fpo_core.models.load import load_model
 from fpo_core.recipe.schema import MonitorSettings
-from fpo_core.training.examples import FeatureShards, read_examples
+from fpo_core.training.examples import read_examples
+from fpo_core.training.feature_shards import FeatureShards
 from fpo_core.training.job import TrainingJob
 from fpo_core.training.launch import run_workers
 from fpo_core.training.saved import check_saved

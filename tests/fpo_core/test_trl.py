@@ -17,7 +17,7 @@ from fpo_core.models.forward import forward_pairs
 from fpo_core.objectives import Objective, SideScores, objective
 from fpo_core.recipe.methods import METHODS
 from fpo_core.recipe.options import Options, objective_options
-from fpo_core.recipe.schema import TrainSettings
+from fpo_core.recipe.training import TrainSettings
 from tests.tiny import make_model, make_tokenizer
 
 pytest.importorskip("trl")

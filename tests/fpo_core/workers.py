@@ -12,7 +12,8 @@ from fpo_core.data.batches import PairIds
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.load import load_model
 from fpo_core.offline import score_shard
-from fpo_core.recipe.schema import FeatureSettings, TrainSettings
+from fpo_core.recipe.schema import FeatureSettings
+from fpo_core.recipe.training import TrainSettings
 from fpo_core.sae.coder import load_coder
 from fpo_core.training.job import JobSae, TrainingJob
 from fpo_core.training.launch import run_workers
