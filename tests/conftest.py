@@ -89,6 +89,19 @@ def fpo(prefect_server, capfd) -> Callable[..., Result]:
 
 
 @pytest.fixture
+def wandb_offline(tmp_path, monkeypatch) -> Iterator[Path]:
+    """W&B writes into a folder; it remembers its settings for the process, so they are dropped."""
+    import wandb
+
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "sent"))
+    (tmp_path / "sent").mkdir()
+    yield tmp_path / "sent"
+    wandb.teardown()
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A file system of 2 MB, mounted for the test. Takes root, as CI has it."""
     if os.geteuid() != 0:

@@ -92,9 +92,7 @@ def history(records):
     ]
 
 
-def test_wandb_gets_the_figures_and_settings_and_no_facts_about_the_machine(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+def test_wandb_gets_the_figures_and_settings_and_no_facts_about_the_machine(wandb_offline):
     with wandb_run("mine", "tiny-fpo", "0123456789abcdef", {"lr": 1e-3}) as run:
         assert run is not None
         for record in STEPS[:2]:
@@ -103,11 +101,11 @@ def test_wandb_gets_the_figures_and_settings_and_no_facts_about_the_machine(tmp_
         run.log("train", STEPS[0])  # again, as after a resume
         run.log("train", STEPS[2])
     deadline = time.monotonic() + 20
-    records = offline_records(tmp_path)
+    records = offline_records(wandb_offline)
     while not records or records[-1].WhichOneof("record_type") != "exit":  # W&B's own process
         assert time.monotonic() < deadline
         time.sleep(0.1)
-        records = offline_records(tmp_path)
+        records = offline_records(wandb_offline)
     assert [(row["_step"], row["train/loss"]) for row in history(records)] == [
         (record["step"], record["loss"]) for record in STEPS
     ]
@@ -119,11 +117,11 @@ def test_wandb_gets_the_figures_and_settings_and_no_facts_about_the_machine(tmp_
     config = {item.key: json.loads(item.value_json) for item in about.config.update}
     assert config["lr"] == 1e-3
     assert not about.host
-    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*.wandb"))
-    assert str(tmp_path).encode() not in kept
+    kept = b"".join(path.read_bytes() for path in wandb_offline.rglob("*.wandb"))
+    assert str(wandb_offline).encode() not in kept
     assert len(socket.gethostname()) < 4 or socket.gethostname().encode() not in kept
-    assert not list(tmp_path.rglob("requirements.txt"))
-    assert not list(tmp_path.rglob("wandb-metadata.json"))
+    assert not list(wandb_offline.rglob("requirements.txt"))
+    assert not list(wandb_offline.rglob("wandb-metadata.json"))
 
 
 def test_nothing_is_begun_where_no_project_is_given(tmp_path, monkeypatch):
