@@ -1,6 +1,7 @@
 """``fpo-pipeline``: the stages of a recipe, in order, each reused where it is done.
 
-pairs -> reference -> features -> policy -> evaluation   (+ sae, where one is trained)
+pairs -> reference -> features -> policy -> evaluation
+(+ instructions -> sft, a warm start, and sae, where one is trained)
 """
 
 from collections.abc import Sequence

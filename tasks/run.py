@@ -302,7 +302,7 @@ def _outcome(
 
 def describe(outcome: Outcome) -> str:
     """One line that says what became of a stage."""
-    parts = [f"{outcome.stage:<10} {outcome.state:<9} {outcome.reference}"]
+    parts = [f"{outcome.stage:<12} {outcome.state:<9} {outcome.reference}"]
     if outcome.rows:
         parts.append(f"{outcome.rows:,} rows")
     parts.append(human_bytes(outcome.bytes))

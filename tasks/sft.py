@@ -8,7 +8,7 @@ from fpo_core.training.job import TrainingJob
 from storage.writer import ArtifactWriter
 from tasks.announce import announce
 from tasks.run import Outcome, PipelineRun, Work
-from tasks.training import Places, check_unchanged, run_training
+from tasks.training import Places, check_unchanged, common_fields, run_training
 from tasks.transfer import local_shards
 
 
@@ -24,25 +24,15 @@ def _sft(run: PipelineRun, writer: ArtifactWriter) -> Work:
 
 def sft_job(run: PipelineRun, places: Places) -> TrainingJob:
     """The job of the warm start: answers alone, with no caches and no SAE."""
-    settings, resources = run.recipe.sft, run.recipe.resources
+    settings = run.recipe.sft
     assert settings is not None
     check_unchanged(run, "instructions")
     shared = settings.model_dump(include=set(OptimizerSettings.model_fields))
     return TrainingJob(
         model_folder=run.base_folder(),
-        attention=run.recipe.model.attention,
         saes=(),
         settings=TrainSettings(method="sft", **shared),
         pairs=local_shards(run.artifact("instructions")),
         reference=(),
-        reference_dtype=run.recipe.model.dtype,
-        tokens_per_batch=resources.tokens_per_batch,
-        threads=resources.threads,
-        offload=resources.offload,
-        output=places.output,
-        version=run.planned("sft").version,
-        made_from=run.planned("sft").made_of,
-        checkpoints=places.checkpoints,
-        checkpoint_minutes=resources.checkpoint_minutes,
-        resume=places.resume,
+        **common_fields(run, "sft", places),
     )

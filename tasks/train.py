@@ -10,7 +10,7 @@ from tasks.announce import announce
 from tasks.offline import sae_path
 from tasks.plan import features_stages
 from tasks.run import Outcome, PipelineRun, Work
-from tasks.training import Places, check_unchanged, run_training
+from tasks.training import Places, check_unchanged, common_fields, run_training
 from tasks.transfer import local_shards
 
 
@@ -48,23 +48,12 @@ def training_job(run: PipelineRun, places: Places) -> TrainingJob:
                 pooled=local_shards(features, "pooled"), tokens=tokens,
             )
         )  # fmt: skip
-    resources = run.recipe.resources
     return TrainingJob(
         model_folder=run.reference_folder(),
-        attention=run.recipe.model.attention,
         saes=tuple(saes),
         settings=run.recipe.train,
         pairs=local_shards(pairs),
         reference=local_shards(caches),
-        reference_dtype=run.recipe.model.dtype,
-        tokens_per_batch=resources.tokens_per_batch,
-        threads=resources.threads,
-        offload=resources.offload,
-        output=places.output,
-        version=run.planned("train").version,
-        made_from=run.planned("train").made_of,
-        checkpoints=places.checkpoints,
-        checkpoint_minutes=resources.checkpoint_minutes,
-        resume=places.resume,
         monitor=run.recipe.monitor if run.recipe.monitor.heldout_steps else None,
+        **common_fields(run, "train", places),
     )

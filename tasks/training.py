@@ -39,6 +39,22 @@ class Places(NamedTuple):
     resume: Path | None = None
 
 
+def common_fields(run: PipelineRun, stage: str, places: Places) -> dict[str, Any]:
+    """What the jobs of both training stages have alike, by the names of ``TrainingJob``."""
+    resources, planned = run.recipe.resources, run.planned(stage)
+    return {
+        "attention": run.recipe.model.attention,
+        "reference_dtype": run.recipe.model.dtype,
+        "tokens_per_batch": resources.tokens_per_batch,
+        "threads": resources.threads,
+        "offload": resources.offload,
+        "checkpoint_minutes": resources.checkpoint_minutes,
+        "version": planned.version,
+        "made_from": planned.made_of,
+        **places._asdict(),
+    }
+
+
 def run_training(
     run: PipelineRun,
     stage: str,

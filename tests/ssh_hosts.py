@@ -64,5 +64,5 @@ def _wait_for(command: list[str], log: Path) -> None:
     deadline = time.monotonic() + 20
     while subprocess.run(command, capture_output=True).returncode:
         if time.monotonic() > deadline:
-            pytest.skip(f"sshd does not let us in: {log.read_text()[-500:]}")
+            pytest.fail(f"sshd does not let us in: {log.read_text()[-500:]}")
         time.sleep(0.2)

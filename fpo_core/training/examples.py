@@ -83,9 +83,13 @@ class AlignedShards:
             if split == self.split
         ]
 
-    def first(self) -> Example:
-        """The first example of the split."""
-        return next(example for shard in range(len(self)) for example in self.read(shard))
+    def first(self, count: int) -> list[Example]:
+        """The split's first examples; no more shards are read than they are in."""
+        found: list[Example] = []
+        for shard, rows in enumerate(self.counts()):
+            if rows and len(found) < count:
+                found += self.read(shard)
+        return found[:count]
 
     def _logps(self, shard: int, pairs: "ShardPairs") -> list[tuple[float, float]]:
         if not self.reference:

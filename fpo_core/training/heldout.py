@@ -12,10 +12,8 @@ Nothing of the training changes: the policy runs without gradient and no random 
 import functools
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -204,30 +202,6 @@ class HeldoutMonitor:
     def _warn(self, told: str) -> None:
         with (self.job.output / WARNINGS_FILE).open("a") as warnings:
             warnings.write(told + "\n")
-
-
-def heldout_part(job: TrainingJob, pairs: int) -> TrainingJob:
-    """The job with only the shards that its first held-out pairs are in; all were read once."""
-    shards: list[int] = []
-    found = 0
-    for number, path in enumerate(job.pairs):
-        held = pq.read_table(path, columns=["split"])["split"].to_pylist().count("heldout")
-        if held and found < pairs:
-            shards.append(number)
-            found += held
-
-    def part(files: tuple[Path, ...]) -> tuple[Path, ...]:
-        return tuple(files[number] for number in shards)
-
-    saes = [
-        sae.model_copy(
-            update={"pooled": part(sae.pooled), "tokens": part(sae.tokens) if sae.tokens else ()}
-        )
-        for sae in job.saes
-    ]
-    return job.model_copy(
-        update={"pairs": part(job.pairs), "reference": part(job.reference), "saes": tuple(saes)}
-    )
 
 
 def _on_any_rank(wish: bool, device: str) -> bool:

@@ -148,6 +148,7 @@ def hosts_environment(env: Mapping[str, str], output: Path) -> dict[str, str]:
         if key.startswith(_SETTINGS_OF_LIBRARIES) or key in _OUR_SETTINGS
     ]
     passed = output / _ENVIRONMENT_FILE
+    passed.touch(mode=0o600)  # what theirs holds is not for others
     passed.write_text("".join(line + "\n" for line in (*ours, *lines)))
     return {**env, "DS_ENV_FILE": str(passed.resolve())}
 

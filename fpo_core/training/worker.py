@@ -32,7 +32,7 @@ from fpo_core.training.checkpoint import begin_logs
 from fpo_core.training.engine import fp32_grad_norm, lr_factor, make_engine, start_distributed
 from fpo_core.training.examples import AlignedShards, Example, check_vocabulary
 from fpo_core.training.feature_shards import FeatureShards
-from fpo_core.training.heldout import HeldoutMonitor, heldout_part
+from fpo_core.training.heldout import HeldoutMonitor
 from fpo_core.training.job import (
     BAD_BATCH_FILE,
     ERROR_FILE,
@@ -63,7 +63,7 @@ class Trainer:
         needed = METHODS[job.settings.method].needs_reference_model
         reference = load_live_reference(job, self.device) if needed else None
         self.loss = PairLoss(job.settings, self._saes(), reference)
-        self.shards = self._shards(job, "train")
+        self.shards = self._shards("train")
         model = self._model()
         self.stream = ExampleStream(
             self.shards,
@@ -86,8 +86,8 @@ class Trainer:
             for sae in self.job.saes
         ]
 
-    def _shards(self, job: TrainingJob, split: str) -> AlignedShards:
-        settings = job.settings
+    def _shards(self, split: str) -> AlignedShards:
+        job, settings = self.job, self.job.settings
         caches = [
             FeatureShards(
                 sae.pooled, sae.tokens, attached.coder.d_sae,
@@ -103,14 +103,10 @@ class Trainer:
         """What measures the policy on held-out pairs, where the job asks for it and has some."""
         if self.job.monitor is None:
             return None
-        pairs = self.job.monitor.heldout_pairs
-        shards = self._shards(heldout_part(self.job, pairs), "heldout")
-        examples = [example for number in range(len(shards)) for example in shards.read(number)]
+        examples = self._shards("heldout").first(self.job.monitor.heldout_pairs)
         if not examples:
             return None
-        return HeldoutMonitor(
-            self.job, self.loss, examples[:pairs], self._micro_batches, self.device
-        )
+        return HeldoutMonitor(self.job, self.loss, examples, self._micro_batches, self.device)
 
     def _model(self) -> Any:
         """The policy in float32, its masters: at lr 5e-7 a bfloat16 parameter would not move."""
@@ -153,7 +149,7 @@ class Trainer:
                 if step < self.steps and self.saver.after_step(step):
                     return
                 started = time.monotonic()
-        self.saver.save_policy(self.shards.first().ids)
+        self.saver.save_policy(self.shards.first(1)[0].ids)
 
     def _step(self, step: int, batch: list[Example]) -> dict[str, float]:
         # By length, so that every rank has as much to do.

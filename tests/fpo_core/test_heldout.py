@@ -6,8 +6,6 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,7 +20,7 @@ from fpo_core.training import heldout
 from fpo_core.training.engine import Policy
 from fpo_core.training.examples import read_examples
 from fpo_core.training.feature_shards import FeatureShards
-from fpo_core.training.heldout import HeldoutMonitor, heldout_line, heldout_part
+from fpo_core.training.heldout import HeldoutMonitor, heldout_line
 from fpo_core.training.launch import _Tail, _tell_of_records
 from fpo_core.training.loss import PairLoss
 from tests.fpo_core.workers import FIRST, job, sae
@@ -184,23 +182,6 @@ def test_the_figures_are_those_of_each_response_by_itself(heldout_caches, policy
     assert line.startswith("held-out after step 4: loss ")
     assert f"FVU {fvu:.4g}, L0 " in line
     assert all(weight.grad is None for weight in policy.parameters())
-
-
-def test_only_the_shards_of_the_first_held_out_pairs_are_read_again(tmp_path):
-    splits = ["train", "train", "heldout"], ["heldout", "heldout"], ["train"], ["heldout"]
-    files = [tmp_path / f"{number}.parquet" for number in range(len(splits))]
-    for file, split in zip(files, splits, strict=True):
-        pq.write_table(pa.table({"split": split}), file)
-    spec = job(tmp_path, tmp_path).model_copy(
-        update={"pairs": tuple(files), "reference": tuple(files)}
-    )
-    one = spec.saes[0].model_copy(update={"pooled": tuple(files)})
-    spec = spec.model_copy(update={"saes": (one,)})
-    for pairs, wanted in ((1, [0]), (2, [0, 1]), (3, [0, 1]), (9, [0, 1, 3])):
-        part = heldout_part(spec, pairs)
-        for shards in (part.pairs, part.reference, part.saes[0].pooled):
-            assert shards == tuple(files[number] for number in wanted)
-        assert part.saes[0].tokens == ()
 
 
 def test_the_range_is_of_the_pairs_and_leaves_room():

@@ -132,6 +132,25 @@ def write_shards(folder, count):
     return [folder / f"{number}.parquet" for number in range(count)]
 
 
+def test_the_first_examples_take_their_own_shards_only(tmp_path):
+    """The others are damaged, but for the column that says the split."""
+    splits = ["train", "train", "heldout"], ["heldout", "heldout"], ["train"], ["heldout"]
+    files = [tmp_path / f"{number}.parquet" for number in range(len(splits))]
+    for file, split in zip(files, splits, strict=True):
+        pq.write_table(pa.table({"split": split}), file)
+    for number in (0, 1):
+        rows = [{"pair_id": f"{number}-{row}", "prompt_ids": [1], "chosen_ids": [2],
+                 "rejected_ids": [3], "split": split}
+                for row, split in enumerate(splits[number])]  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(rows), files[number])
+    shards = AlignedShards(files, (), (), 1, "heldout")
+    for count in (1, 2, 3):
+        found = [example.ids.pair_id for example in shards.first(count)]
+        assert found == ["0-2", "1-0", "1-1"][:count]
+    with pytest.raises(KeyError, match="pair_id"):
+        shards.first(4)
+
+
 def test_a_shard_that_is_due_late_is_found_wrong_early(tmp_path):
     """Three hundred steps an epoch; the fault is known in the first moments."""
     paths = write_shards(tmp_path, 40)
