@@ -62,19 +62,20 @@ class ExampleStream:
         Raises:
             FPOError: a shard that is found wrong, whether it is due yet or not.
         """
-        work = [self._threads.submit(self._read_ahead, done), self._threads.submit(self._check_all)]
+        reading = self._threads.submit(self._read_ahead, done)
+        checking = self._threads.submit(self._check_all)
         for _ in range(done, self.steps):
-            yield self._next(work)
+            yield self._next(reading, checking)
 
-    def _next(self, work: Sequence[Future[None]]) -> Batch:
+    def _next(self, reading: Future[None], checking: Future[None]) -> Batch:
         while True:
-            for one in work:
-                if one.done():
-                    one.result()  # raises what ended it
+            for work in (reading, checking):
+                if work.done():
+                    work.result()  # raises what ended it
             try:
                 return self._ready.get(timeout=POLL_SECONDS)
             except queue.Empty:
-                continue
+                assert not (reading.done() and self._ready.empty()), "fewer batches than steps"
 
     def _read_ahead(self, done: int) -> None:
         for batch in self._in_order(done):
