@@ -66,30 +66,37 @@ class LocalBackend:
     def create(self, key: str, data: bytes) -> bool:
         """See Backend. A hard link fails where the name exists: that is the exclusive step."""
         path = self._path(key)
-        with self._temporary(path) as temporary:
+        with self._temporary(path, uuid.uuid4().hex) as temporary:
             _write(temporary, data)
             try:
                 os.link(temporary, path)
             except FileExistsError:
                 return False
+            temporary.unlink()  # before the slow part: a writer killed in it leaves nothing over
             _sync_folder(path.parent)
         return True
 
     def replace(self, key: str, data: bytes, expected_etag: str | None) -> bool:
-        """See Backend. Compare and swap happen under a lock file that a crash releases."""
+        """See Backend. Compare and swap happen under a lock file that a crash releases.
+
+        The lock makes one temporary name enough, so what a killed writer left of it goes with
+        the next write.
+        """
         path = self._path(key)
         with self._writing(path.parent), (path.parent / _LOCK).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             found = self.read_with_etag(key)
             if (found[1] if found else None) != expected_etag:
                 return False
-            self.put(key, data)
+            self._put(path, data, "swap")
         return True
 
     def put(self, key: str, data: bytes) -> None:
         """See Backend."""
-        path = self._path(key)
-        with self._temporary(path) as temporary:
+        self._put(self._path(key), data, uuid.uuid4().hex)
+
+    def _put(self, path: Path, data: bytes, name: str) -> None:
+        with self._temporary(path, name) as temporary:
             _write(temporary, data)
             temporary.replace(path)
             _sync_folder(path.parent)
@@ -103,7 +110,7 @@ class LocalBackend:
     ) -> FileRecord:
         """See Backend. Renamed into place, or copied from another file system."""
         target = self._path(key)
-        with self._temporary(target) as temporary:
+        with self._temporary(target, uuid.uuid4().hex) as temporary:
             shutil.move(path, temporary)
             with temporary.open("rb") as stream:
                 record = FileRecord(
@@ -189,9 +196,9 @@ class LocalBackend:
         return removed
 
     @contextmanager
-    def _temporary(self, target: Path) -> Iterator[Path]:
+    def _temporary(self, target: Path, name: str) -> Iterator[Path]:
         with self._writing(target.parent):
-            temporary = target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+            temporary = target.parent / f"{_TEMPORARY}{name}"
             try:
                 yield temporary
             finally:

@@ -69,13 +69,14 @@ class ExampleStream:
 
     def _next(self, reading: Future[None], checking: Future[None]) -> Batch:
         while True:
+            is_over = reading.done()  # asked first: after it nothing comes into the queue
             for work in (reading, checking):
                 if work.done():
                     work.result()  # raises what ended it
             try:
                 return self._ready.get(timeout=POLL_SECONDS)
             except queue.Empty:
-                assert not (reading.done() and self._ready.empty()), "fewer batches than steps"
+                assert not is_over, "fewer batches than steps"
 
     def _read_ahead(self, done: int) -> None:
         for batch in self._in_order(done):

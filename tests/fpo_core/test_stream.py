@@ -124,6 +124,19 @@ def test_memory_follows_the_window_and_not_the_data():
         assert max(made.reads) <= 2 + 1  # once an epoch, and once to check
 
 
+def test_what_ends_the_reading_while_a_batch_is_awaited_is_raised():
+    """And not that a batch is missing."""
+
+    class Unreadable(Made):
+        def read(self, number: int) -> Shard:
+            time.sleep(0.02)  # by now the training waits for its first batch
+            raise FPOError(f"shard {number} cannot be read")
+
+    for _ in range(10):
+        with pytest.raises(FPOError, match="shard 0 cannot be read"):
+            trained(Unreadable([4]), order(batch_size=2))
+
+
 def write_shards(folder, count):
     for number in range(count):
         rows = [{"pair_id": f"{number}-{row}", "prompt_ids": [1, 2], "chosen_ids": [3],

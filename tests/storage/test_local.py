@@ -1,6 +1,8 @@
 """The folder backend's own: permissions, a full disk, what a crash leaves behind."""
 
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -48,6 +50,38 @@ def test_a_full_disk_is_said_as_such(small_disk):
     assert [entry.key for entry in backend.list("")] == ["before"]
     # The temporary file is gone too, so what fits still fits.
     backend.put("after", bytes(1 << 20))
+
+
+KILLED_IN = """
+import os, storage.local
+from pathlib import Path
+from storage.local import LocalBackend
+def {step}(*_): os._exit(9)
+storage.local.{step} = {step}
+LocalBackend(Path({root!r})).{call}
+"""
+
+
+def killed_in(step: str, backend: LocalBackend, call: str) -> None:
+    """A process that is gone when it comes to a step of writing, as SIGKILL would have it."""
+    code = KILLED_IN.format(step=step, root=str(backend.root), call=call)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+
+
+def everything(backend: LocalBackend) -> list[str]:
+    return sorted(path.name for path in backend.root.rglob("*") if path.is_file())
+
+
+def test_a_writer_killed_after_the_exclusive_step_leaves_nothing_over(backend):
+    killed_in("_sync_folder", backend, "create('a/manifest.json', b'{}')")
+    assert everything(backend) == ["manifest.json"]
+
+
+def test_what_a_killed_swap_leaves_goes_with_the_next(backend):
+    killed_in("_sync_folder", backend, "replace('refs/one', b'1', None)")
+    backend.root.joinpath("refs", ".tmp-swap").write_bytes(b"ha")  # killed while it wrote
+    assert backend.replace("refs/two", b"2", None)
+    assert everything(backend) == [".lock", "one", "two"]
 
 
 def test_sweep_removes_old_temporary_files_only(backend):
