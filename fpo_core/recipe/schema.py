@@ -99,8 +99,8 @@ class SaeSettings(Settings):
 
     source: str | None = Field(
         default=None,
-        description="sae-lens folder, Gemma Scope's params.npz or its folder, or release:sae_id of "
-        "sae-lens' directory",
+        description="folder in the format of sae-lens, sparsify or Gemma Scope (its params.npz "
+        "serves too), release:sae_id of sae-lens' directory, or OWNER/NAME:FOLDER of the hub",
     )
     train: SaeTrainSettings | None = Field(default=None, description="train one in the `sae` stage")
     layer: Layer = Field(description="decoder block, from 0")

@@ -57,7 +57,7 @@ BAD = {
         {}, MLP, "declares the hookpoint 'blocks.1.hook_mlp_out'", "its site to mlp_out",
     ),
     "an SAE of attention heads": (
-        {}, {"hook_name": "blocks.1.attn.hook_z"}, "'blocks.1.attn.hook_z', the recipe asks for layer 1 resid_post",
+        {}, {"hook_name": "blocks.1.attn.hook_z"}, "'blocks.1.attn.hook_z', the recipe asks for",
     ),
     "an SAE of another branch": (
         {}, {"hook_name": "blocks.1.hook_attn_out"}, "neither a block's output (resid_post) nor",
