@@ -112,7 +112,7 @@ def parse_config(given: dict[str, Any], name: str) -> SaeConfig:
             f"known; if it does nothing, remove it from the file"
         )
     # Before version 6, what is metadata now stood beside the rest.
-    declared = {**config, **(config.get("metadata") or {})}
+    declared = {**config, **_object(config, "metadata", name)}
     architecture, k = _architecture(config, name)
     _refuse_declared(config, declared, architecture, name)
     return SaeConfig(
@@ -123,6 +123,13 @@ def parse_config(given: dict[str, Any], name: str) -> SaeConfig:
         rescaled=bool(config.get("rescale_acts_by_decoder_norm")),
         normalization=_normalization(config, name), removes_mean=_removes_mean(declared, name),
     )  # fmt: skip
+
+
+def _object(config: dict[str, Any], key: str, name: str) -> dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise FPOError(f"SAE {name}: {key} of its cfg.json is no object; fetch the file again")
+    return dict(value)
 
 
 def _count(config: dict[str, Any], key: str, name: str) -> int:
@@ -136,7 +143,7 @@ def _architecture(config: dict[str, Any], name: str) -> tuple[str, int | None]:
     """The architecture, and k of a TopK one; before version 6 that was an activation function."""
     architecture = config.get("architecture") or "standard"
     activation = config.get("activation_fn") or "relu"
-    options = config.get("activation_fn_kwargs") or {}
+    options = _object(config, "activation_fn_kwargs", name)
     if activation == "topk":
         architecture, config = "topk", {"k": config.get("k"), **options}
     elif activation != "relu":
@@ -200,7 +207,7 @@ def _normalization(config: dict[str, Any], name: str) -> Normalization:
 
 
 def _removes_mean(declared: dict[str, Any], name: str) -> bool:
-    processing = dict(declared.get("model_from_pretrained_kwargs") or {})
+    processing = _object(declared, "model_from_pretrained_kwargs", name)
     centred = bool(processing.pop("center_writing_weights", False))
     unknown = sorted(processing.keys() - _HARMLESS_PROCESSING)
     if unknown:

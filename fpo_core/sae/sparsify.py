@@ -54,9 +54,10 @@ def parse_config(given: dict[str, Any], folder: Path) -> SaeConfig:
     try:
         d_in, k = int(given["d_in"]), int(given["k"])
         d_sae = int(given.get("num_latents") or d_in * given["expansion_factor"])
-    except KeyError as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise FPOError(
-            f"SAE {folder}: its cfg.json has no {error}, so it is not sparsify's; fetch it again"
+            f"SAE {folder}: d_in, k, num_latents or expansion_factor of its cfg.json is missing or "
+            f"no count ({error}), so it is not sparsify's; fetch the file again"
         ) from error
     # The folder of a fetched one is RELEASE--HOOKPOINT.
     place = folder.absolute().name.rpartition("--")[2]

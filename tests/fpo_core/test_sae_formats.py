@@ -108,6 +108,7 @@ SPARSIFY_REFUSED = {
     "signed=true": {"signed": True},
     "activation='groupmax'": {"activation": "groupmax"},
     "what fancy of its cfg.json does": {"fancy": 1},
+    "missing or no count": {"k": None},
 }
 
 
@@ -125,6 +126,10 @@ REFUSED = {
     "activation_fn='tanh-relu'": {"activation_fn_str": "tanh-relu"},
     "signed=true": {"activation_fn": "topk", "activation_fn_kwargs": {"k": 3, "signed": True}},
     "k of its cfg.json is None": {"architecture": "topk"},
+    "metadata of its cfg.json is no object": {"metadata": "blocks.3"},
+    "pretrained_kwargs of its cfg.json is no object": {
+        "metadata": {"model_from_pretrained_kwargs": "x"},
+    },
     "d_in of its cfg.json is '4'": {"d_in": "4"},
     "what temperature of its cfg.json does": {"temperature": 2.0},
     "normalize_activations='expected_average_only_in'": {"normalize_activations": True},
