@@ -103,7 +103,7 @@ def _decoder(model: Any, batch: PairBatch) -> Tensor:
     decoder = model.get_decoder()
     return decoder(
         input_ids=batch.input_ids,
-        attention_mask=attention_mask(batch, model.config, model.dtype),
+        attention_mask=attention_mask(batch, decoder.config, model.dtype),
         position_ids=batch.position_ids,
         use_cache=False,
     ).last_hidden_state
