@@ -197,7 +197,7 @@ def _forward(model: Any, batches: Sequence[Any]) -> None:
 @torch.no_grad()
 def _matmul(x: torch.Tensor, coder: SparseCoder) -> None:
     for part in coder.chunks(len(x)):
-        x[part] @ coder.W_enc
+        torch.mm(x[part], coder.W_enc)
 
 
 def _stage(

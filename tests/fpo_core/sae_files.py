@@ -46,11 +46,15 @@ def write(folder: Path, kind: str, stored: torch.dtype = torch.float32, /, **con
 
 @torch.no_grad()
 def same_as_sae_lens(ours, theirs, x: torch.Tensor) -> None:
-    """Encode and decode to 1e-6 of the largest value; some features fire, and not all."""
+    """Encode, sparse or not, and decode to 1e-6 of the largest value; some features fire, not all."""
     acts = theirs.encode(x)
     assert 0 < int((acts > 0).sum()) < acts.numel()
     close(ours.encode(x), acts)
     close(ours.decode(acts, x), theirs.decode(acts))
+    token, feature, value = ours.active(x)
+    assert torch.equal(torch.tensor(token), acts.nonzero()[:, 0])
+    assert torch.equal(torch.tensor(feature), acts.nonzero()[:, 1])
+    close(torch.tensor(value), acts[token, feature])
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
