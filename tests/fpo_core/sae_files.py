@@ -46,7 +46,7 @@ def write(folder: Path, kind: str, stored: torch.dtype = torch.float32, /, **con
 
 @torch.no_grad()
 def same_as_sae_lens(ours, theirs, x: torch.Tensor) -> None:
-    """Encode, sparse or not, and decode to 1e-6 of the largest value; some features fire, not all."""
+    """Encode, sparse or not, and decode to 1e-6 of the largest value; some fire, and not all."""
     acts = theirs.encode(x)
     assert 0 < int((acts > 0).sum()) < acts.numel()
     close(ours.encode(x), acts)
