@@ -163,13 +163,14 @@ class PipelineRun:
             work = compute(writer)
             release_gpu_memory()  # training's workers are processes of their own
             seconds = time.monotonic() - started
+            rate = work.tokens / max(seconds, 1e-9)
+            told = {"tokens_per_second": round(rate, 1)} if rate else {}  # `fpo plan` goes by it
             artifact = writer.commit(
                 Made(
-                    SCHEMA_VERSIONS[kind_of(stage)], planned.recipe, planned.inputs, work.stats,
-                    seconds, provenance(),
+                    SCHEMA_VERSIONS[kind_of(stage)], planned.recipe, planned.inputs,
+                    {**work.stats, **told}, seconds, provenance(),
                 )
             )  # fmt: skip
-        rate = work.tokens / max(seconds, 1e-9)
         return _outcome(planned, artifact, "resumed" if resumed else "computed", seconds, rate)
 
     def reuse(self, stages: Sequence[str]) -> dict[str, Outcome] | None:
@@ -316,8 +317,8 @@ def describe(outcome: Outcome) -> str:
 def human_bytes(count: int) -> str:
     """A size for people, in decimal units."""
     size = float(count)
-    for unit in ("B", "kB", "MB"):
+    for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
-    return f"{size:.1f} GB"
+    return f"{size:,.1f} TB"
