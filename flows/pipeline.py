@@ -62,11 +62,11 @@ def _bring_about(run: PipelineRun, stages: Sequence[str]) -> dict[str, Outcome]:
         outcomes["sae"] = sae(run)
     if "tokenize" in stages:
         outcomes["tokenize"] = tokenize(run)
+    caches = [stage for stage in stages if kind_of(stage) == "features"]
     if "reference" in stages:
-        outcomes["reference"] = reference(run, with_features="features" in stages)
-    for stage in stages:
-        if kind_of(stage) == "features":
-            outcomes[stage] = features(run, stage)
+        outcomes["reference"] = reference(run, caches)
+    for number, stage in enumerate(caches, 1):
+        outcomes[stage] = features(run, stage, caches[number:])
     if "train" in stages:
         outcomes["train"] = train(run)
     if "evaluate" in stages:

@@ -74,6 +74,7 @@ FEATURES_TOKENS = _schema(
     _field("indices", _list(pa.uint32()), "strongest features, by descending activation"),
     _field("values", _list(pa.float32()), "their activations"),
     _field("nonzero", pa.int32(), "active features"),
+    _field("mass", pa.float32(), "sum of all activations"),
 )
 FEATURES_STATS = _schema(
     "features/stats",
@@ -96,5 +97,12 @@ FEATURES_SHARD_STATS = _schema(
     _field("max", pa.float32(), "largest activation"),
     _field("total_chosen", pa.float64(), "sum over chosen responses of the pooled value"),
     _field("total_rejected", pa.float64(), "sum over rejected responses of the pooled value"),
-    _field("examples", _EXAMPLES, "strongest tokens of the shard"),
+    _field("kept", pa.int64(), "scored tokens where it is among the strongest, which are stored"),
+    _field("kept_total", pa.float64(), "sum of its activations there"),
+    _field("pooled_active", pa.int64(), "responses whose mean is positive"),
+    _field("pooled_kept", pa.int64(), "responses where its mean is stored"),
+    _field("pooled_kept_total", pa.float64(), "sum of its means there"),
+    _field("example_responses", _list(pa.uint32()), "row of `pooled` of the strongest tokens"),
+    _field("example_positions", _list(pa.int32()), "token of the response, from 0"),
+    _field("example_values", _list(pa.float32()), "their activations, descending"),
 )

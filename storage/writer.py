@@ -107,7 +107,15 @@ class ArtifactWriter:
     def put_shard(
         self, index: int, tables: Mapping[str, pa.Table], on_bytes: BytesDone = not_shown
     ) -> Receipt:
-        """Write one shard of each table, then its receipt.
+        """Write one shard of each table, then its receipt; arguments as of ``put_tables``."""
+        receipt = self.put_tables(index, tables, on_bytes)
+        self.put_receipt(receipt)
+        return receipt
+
+    def put_tables(
+        self, index: int, tables: Mapping[str, pa.Table], on_bytes: BytesDone = not_shown
+    ) -> Receipt:
+        """Write one shard of each table, without the receipt that makes them count.
 
         Args:
             index: of the shard.
@@ -123,10 +131,12 @@ class ArtifactWriter:
         for table, content in tables.items():
             name = shard_name(table, index)
             files[name] = self._put(name, self._encoded(content), on_bytes)
-        receipt = Receipt(index, {t: content.num_rows for t, content in tables.items()}, files)
+        return Receipt(index, {t: content.num_rows for t, content in tables.items()}, files)
+
+    def put_receipt(self, receipt: Receipt) -> None:
+        """Make a shard's tables count."""
         self._hold.check()
-        self._backend.put(f"{self._key}/parts/{index:05d}.json", receipt.to_json())
-        return receipt
+        self._backend.put(f"{self._key}/parts/{receipt.shard:05d}.json", receipt.to_json())
 
     def _check(self, table: str, content: pa.Table) -> None:
         declared = DECLARED.get((self.stage, table))
@@ -136,10 +146,13 @@ class ArtifactWriter:
     def _encoded(self, content: pa.Table) -> Path:
         return self._written(lambda path: write_parquet(content, path))
 
-    def read_table(self, table: str, receipt: Receipt) -> pa.Table:
-        """Read back a table of a shard that is finished."""
+    def read_table(
+        self, table: str, receipt: Receipt, columns: list[str] | None = None
+    ) -> pa.Table:  # fmt: skip
+        """Read back a table of a shard that is finished, or some of its columns."""
         name = shard_name(table, receipt.shard)
-        return pq.read_table(self._backend.fetch(self._data_key(name), receipt.files[name]))
+        path = self._backend.fetch(self._data_key(name), receipt.files[name])
+        return pq.read_table(path, columns=columns)
 
     def put_table(self, table: str, content: pa.Table) -> None:
         """Write a table that is not sharded, as its shard 0."""

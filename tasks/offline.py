@@ -1,128 +1,193 @@
 """The offline pass behind the ``reference`` and ``features`` stages.
 
-When both are missing, one forward pass a shard feeds both: the ``reference`` stage also writes
-the features' shards, and the ``features`` stage, which comes next, finds their receipts and only
-has to merge the statistics and commit. Both stay separately versioned and resumable.
+When several of their artifacts are missing, one forward pass a shard feeds them all: the first
+stage also writes the others' shards, and each of those, when its turn comes, finds their receipts
+and only has to merge the statistics and commit. All stay separately versioned and resumable.
 """
 
 import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
 from fpo_core.models.load import inference_device, load_model, prepare_cpu
-from fpo_core.progress import Progress
+from fpo_core.progress import Progress, not_shown
 from fpo_core.sae.source import sae_folder
+from storage.artifact import Artifact
 from storage.schemas import (
     FEATURES_POOLED,
     FEATURES_SHARD_STATS,
     FEATURES_TOKENS,
     REFERENCE,
 )
-from storage.writer import ArtifactWriter
+from storage.writer import ArtifactWriter, Receipt
+from tasks.arrow import to_table
+from tasks.plan import features_stages
 from tasks.run import PipelineRun
 
 if TYPE_CHECKING:
     from fpo_core.data.batches import PairIds
-    from fpo_core.offline import ShardScores
     from fpo_core.sae.coder import SparseCoder
 
 log = logging.getLogger("fpo.stage")
+
+Tables = dict[str, pa.Table]
 
 
 class Todo(NamedTuple):
     """What of one shard is missing."""
 
     shard: int
-    reference: bool
-    features: bool
+    stages: tuple[str, ...]
 
 
-def score_shards(
-    run: PipelineRun,
-    reference: ArtifactWriter | None,
-    features: ArtifactWriter | None,
-    sae: int = 0,
-) -> int:
-    """Compute and write the missing shards of one artifact or of both.
+class ComputedShard(NamedTuple):
+    """A shard's tables, not yet in the store."""
+
+    shard: int
+    tables: dict[str, Tables]  # by stage
+    tokens: int
+
+
+class OfflineWorker:
+    """The reference and the SAEs, loaded once; computes shards and writes their tables.
+
+    Receipts are left to who holds the artifacts: a shard's tables are the same whoever writes them.
 
     Args:
         run: the pipeline run.
-        reference: the log-probs' artifact, where it is wanted.
-        features: the features' artifact, where it is wanted.
-        sae: which of the recipe's SAEs the features are of.
+        writers: of the stages that are wanted.
+    """
+
+    def __init__(self, run: PipelineRun, writers: Mapping[str, ArtifactWriter]) -> None:
+        from fpo_core.models.budget import token_budget
+        from fpo_core.offline import WantedFeatures
+
+        self._writers, recipe = writers, run.recipe
+        self._pairs = run.artifact("tokenize")
+        prepare_cpu(recipe.resources.threads)
+        self._model = load_model(
+            run.reference_folder(), dtype=recipe.model.dtype, attention=recipe.model.attention,
+            device=inference_device(),
+        )  # fmt: skip
+        # All of them: one that does not fit is told before the first hour, not before its own.
+        coders = [attached_coder(run, self._model, n) for n in range(len(recipe.hookpoints))]
+        self._saes: dict[str, WantedFeatures] = {
+            stage: WantedFeatures(
+                coder.to(str(self._model.device)), hookpoint, recipe.features,
+                recipe.train.pinned if number == 0 else (),
+            )
+            for number, (stage, coder, hookpoint) in enumerate(
+                zip(features_stages(recipe), coders, recipe.hookpoints, strict=True)
+            )
+            if stage in writers
+        }  # fmt: skip
+        self._budget = token_budget(
+            self._model, recipe.resources.inference.tokens_per_batch, 2 * recipe.data.max_length
+        )
+
+    def compute(self, todo: Todo, on_tokens: Callable[[int], None] = not_shown) -> ComputedShard:
+        """The missing tables of a shard.
+
+        Args:
+            todo: which.
+            on_tokens: told how many tokens were done after each batch.
+        """
+        from fpo_core.data.batches import check_vocabulary
+        from fpo_core.offline import score_shard
+
+        pairs = read_pair_ids(self._pairs.table(shard=todo.shard))
+        check_vocabulary(pairs, self._model.config.vocab_size)
+        stages = [stage for stage in self._saes if stage in todo.stages]
+        scores = score_shard(
+            self._model, pairs, [self._saes[stage] for stage in stages],
+            want_reference="reference" in todo.stages, budget=self._budget, on_tokens=on_tokens,
+        )  # fmt: skip
+        tables: dict[str, Tables] = {
+            stage: {
+                "pooled": to_table(columns.pooled, FEATURES_POOLED),
+                "tokens": to_table(columns.tokens, FEATURES_TOKENS),
+                "shard_stats": to_table(columns.stats, FEATURES_SHARD_STATS),
+            }
+            for stage, columns in zip(stages, scores.features, strict=True)
+        }
+        if scores.reference is not None:
+            tables["reference"] = {"": to_table(scores.reference, REFERENCE)}
+        return ComputedShard(todo.shard, tables, scores.tokens)
+
+    def write(self, computed: ComputedShard) -> dict[str, Receipt]:
+        """Put a shard's tables into the store; their receipts by stage."""
+        return {
+            stage: self._writers[stage].put_tables(computed.shard, tables)
+            for stage, tables in computed.tables.items()
+        }
+
+
+def score_shards(run: PipelineRun, writers: Mapping[str, ArtifactWriter]) -> int:
+    """Compute and write the missing shards of some stages' artifacts, all in one pass.
+
+    Args:
+        run: the pipeline run.
+        writers: by stage.
 
     Returns:
         Tokens processed.
     """
-    from fpo_core.offline import score_shard
-
     pairs = run.artifact("tokenize")
-    todo = _missing(pairs.num_shards(), reference, features)
+    todo = _missing(pairs.num_shards(), writers)
     if not todo:
         return 0
-    prepare_cpu(run.recipe.resources.threads)
-    model = load_model(
-        run.reference_folder(), dtype=run.recipe.model.dtype, attention=run.recipe.model.attention,
-        device=inference_device(),
-    )  # fmt: skip
-    # All of them: one that does not fit is told before the first hour, not before its own.
-    coders = [attached_coder(run, model, n) for n in range(len(run.recipe.hookpoints))]
-    coder = coders[sae].to(str(model.device)) if features else None
-    pinned = run.recipe.train.pinned if sae == 0 else ()
-    shards = {work.shard: read_pair_ids(pairs.table(shard=work.shard)) for work in todo}
-    total = sum(pair.length for ids in shards.values() for pair in ids)
-    label = " + ".join(n for n, w in (("reference", reference), ("features", features)) if w)
-    with Progress(label, total=total, unit="token") as progress:
-        for work in todo:
-            scores = score_shard(
-                model, shards[work.shard], run.recipe.hookpoints[sae],
-                coder=coder if work.features else None, features=run.recipe.features,
-                pinned=pinned,
-                want_reference=work.reference,
-                tokens_per_batch=run.recipe.resources.tokens_per_batch,
-                on_tokens=progress.advance,
-            )  # fmt: skip
-            _write(work.shard, scores, reference, features)
-    return total
+    worker, tokens = OfflineWorker(run, writers), 0
+    with Progress(" + ".join(writers), total=_expected(pairs, todo), unit="token") as progress:
+        for computed, receipts in _in_process(worker, todo, progress.advance):
+            for stage, receipt in receipts.items():
+                writers[stage].put_receipt(receipt)
+            tokens += computed.tokens
+    return tokens
 
 
-def _missing(
-    shards: int, reference: ArtifactWriter | None, features: ArtifactWriter | None
-) -> list[Todo]:
-    done = [set(writer.finished_shards()) if writer else None for writer in (reference, features)]
+def _missing(shards: int, writers: Mapping[str, ArtifactWriter]) -> list[Todo]:
+    done = {stage: writer.finished_shards().keys() for stage, writer in writers.items()}
     every = (
-        Todo(shard, *(finished is not None and shard not in finished for finished in done))
+        Todo(shard, tuple(stage for stage, finished in done.items() if shard not in finished))
         for shard in range(shards)
     )
-    return [work for work in every if work.reference or work.features]
+    return [work for work in every if work.stages]
 
 
-def _write(
-    shard: int,
-    scores: "ShardScores",
-    reference: ArtifactWriter | None,
-    features: ArtifactWriter | None,
-) -> None:
-    if reference and scores.reference is not None:
-        reference.put_shard(shard, {"": pa.table(scores.reference, schema=REFERENCE)})
-    if features and scores.pooled is not None:
-        tables = {
-            "pooled": pa.table(scores.pooled, schema=FEATURES_POOLED),
-            "tokens": pa.table(scores.tokens, schema=FEATURES_TOKENS),
-            "shard_stats": pa.table(scores.stats, schema=FEATURES_SHARD_STATS),
-        }
-        features.put_shard(shard, tables)
+def _expected(pairs: Artifact, todo: Sequence[Todo]) -> int | None:
+    """Tokens of the shards, as far as the whole artifact's tell: to show how much is left."""
+    tokens = pairs.manifest["stats"].get("tokens")
+    return tokens and round(tokens * len(todo) / pairs.num_shards())
+
+
+def _in_process(
+    worker: OfflineWorker, todo: Sequence[Todo], on_tokens: Callable[[int], None]
+) -> Iterator[tuple[ComputedShard, dict[str, Receipt]]]:
+    """Shard after shard; one is written while the next is computed."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as thread:
+        last: tuple[ComputedShard, Future[dict[str, Receipt]]] | None = None
+        for work in todo:
+            computed = worker.compute(work, on_tokens)
+            if last:
+                yield last[0], last[1].result()
+            last = computed, thread.submit(worker.write, computed)
+        if last:
+            yield last[0], last[1].result()
 
 
 def read_pair_ids(table: pa.Table) -> list["PairIds"]:
     """A shard of ``pairs`` as token ids."""
     from fpo_core.data.batches import PairIds
+    from fpo_core.lists import lists_of
 
+    parts = [lists_of(table, f"{part}_ids") for part in ("prompt", "chosen", "rejected")]
     return [
-        PairIds(row["pair_id"], row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
-        for row in table.to_pylist()
+        PairIds(pair_id, *(part[row] for part in parts))
+        for row, pair_id in enumerate(table["pair_id"].to_pylist())
     ]
 
 

@@ -1,5 +1,7 @@
 """Stage ``reference``: the reference model's log-probs -> the ``reference`` artifact."""
 
+from collections.abc import Sequence
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -10,20 +12,18 @@ from tasks.run import Outcome, PipelineRun, Work
 
 
 @task(name="reference", task_run_name="reference", cache_policy=NO_CACHE)
-def reference(run: PipelineRun, *, with_features: bool) -> Outcome:
+def reference(run: PipelineRun, beside: Sequence[str] = ()) -> Outcome:
     """Score every response with the reference model.
 
     Args:
         run: the pipeline run.
-        with_features: the ``features`` stage comes next in this run; when its artifact is missing
-            too, the same forward pass writes its shards.
+        beside: the features' stages that come next in this run; the same forward pass writes the
+            shards of those whose artifacts are missing too.
     """
-    return announce(run.bring_about("reference", lambda writer: _score(run, writer, with_features)))
+    return announce(run.bring_about("reference", lambda writer: _score(run, writer, beside)))
 
 
-def _score(run: PipelineRun, writer: ArtifactWriter, with_features: bool) -> Work:
-    if not with_features:
-        return Work({"shared_pass_with_features": False}, score_shards(run, writer, None))
-    with run.writer_beside("features") as beside:
-        tokens = score_shards(run, writer, beside)
-        return Work({"shared_pass_with_features": beside is not None}, tokens)
+def _score(run: PipelineRun, writer: ArtifactWriter, beside: Sequence[str]) -> Work:
+    with run.writers_beside(beside) as others:
+        tokens = score_shards(run, {"reference": writer, **others})
+        return Work({"shared_pass_with": sorted(others)}, tokens)

@@ -9,7 +9,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -103,14 +103,19 @@ class PipelineRun:
         return self.store.writer(planned.artifact, planned.version, hold)
 
     @contextmanager
-    def writer_beside(self, stage: str) -> Iterator[ArtifactWriter | None]:
-        """A writer for an artifact that an earlier stage's pass can feed as well.
+    def writers_beside(self, stages: Sequence[str]) -> Iterator[dict[str, ArtifactWriter]]:
+        """Writers for artifacts that another stage's pass can feed as well, by stage.
 
-        None where the artifact is there, or another run is making it just now.
+        Without those that are there, or that another run is making just now.
         """
-        planned = self.planned(stage)
-        with self.store.hold(planned.artifact, planned.version, None) as hold:
-            yield self._writer(stage, hold) if hold and self.missing(stage) else None
+        with ExitStack() as stack:
+            writers = {}
+            for stage in stages:
+                planned = self.planned(stage)
+                hold = stack.enter_context(self.store.hold(planned.artifact, planned.version, None))
+                if hold and self.missing(stage):
+                    writers[stage] = self._writer(stage, hold)
+            yield writers
 
     def base_folder(self) -> Path:
         """The recipe's model, at the very commit that the versions were made with."""

@@ -12,12 +12,14 @@ the batch, and padding never reaches them.
 Shapes: B pairs, T padded length, R = 2B responses (2i chosen, 2i + 1 rejected), N scored tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fpo_core.errors import FPOError
 
 Ids = Sequence[int] | np.ndarray
 PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1
@@ -149,12 +151,34 @@ def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> Iterator
     Yields:
         Row numbers. The order depends on the lengths only, never on time or machine.
     """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    batch: list[int] = []
-    for row in order:
-        if batch and lengths[batch[0]] * (len(batch) + 1) > tokens_per_batch:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
+    rows = by_length(lengths)
+    while rows:
+        batch = that_fit(rows, lengths, tokens_per_batch)
         yield batch
+        rows = rows[len(batch) :]
+
+
+def by_length(lengths: Sequence[int]) -> list[int]:
+    """Row numbers, longest first."""
+    return sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+
+
+def that_fit(rows: Sequence[int], lengths: Sequence[int], tokens_per_batch: int) -> list[int]:
+    """The first of some rows, longest first, that fit into a batch; one at least."""
+    count = max(1, tokens_per_batch // lengths[rows[0]])
+    return list(rows[:count])
+
+
+def check_vocabulary(pairs: Iterable[PairIds], size: int) -> None:
+    """Refuse pairs of another tokenizer, as far as token ids show it.
+
+    Raises:
+        FPOError: naming a pair whose ids the model does not have.
+    """
+    for pair in pairs:
+        highest = max(int(np.max(ids, initial=0)) for ids in pair[1:])
+        if highest >= size:
+            raise FPOError(
+                f"pair {pair.pair_id} has the token id {highest}, the model's vocabulary "
+                f"has {size}: `pairs` was made with another tokenizer; rerun from tokenize"
+            )

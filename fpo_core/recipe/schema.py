@@ -146,7 +146,14 @@ class FeatureSettings(Settings):
         default=32,
         description="features stored a token, for browsing and for train.pooled=false",
     )
-    examples: Count = Field(default=10, description="top examples stored a feature")
+    tokens_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=1.0,
+        description="share of the scored tokens with a row in the token table, drawn by pair, side "
+        "and position; pooled values and statistics are over all of them",
+    )
+    examples: Annotated[int, Field(ge=0)] = Field(
+        default=10, description="top examples stored a feature"
+    )
 
 
 class EvaluationSettings(Settings):
@@ -180,12 +187,27 @@ class MonitorSettings(Settings):
     )
 
 
+class InferenceSettings(Settings):
+    """How the reference and features stages go over the pairs."""
+
+    tokens_per_batch: Count | Literal["auto"] = Field(
+        default="auto",
+        description="tokens a forward pass, padding included; `auto`: what the GPU's free memory "
+        "holds, 2,048 on a CPU",
+    )
+
+
 class ResourceSettings(Settings):
     """How the work is done; changes speed and memory, not the result."""
 
     threads: Count | None = Field(default=None, description="CPU threads; default: all cores")
     tokens_per_batch: Count = Field(
-        default=1024, description="tokens a forward pass, padding included"
+        default=1024,
+        description="tokens a micro-batch of training or a forward pass of evaluation, padding "
+        "included",
+    )
+    inference: InferenceSettings = Field(
+        default=InferenceSettings(), description="of the reference and features stages"
     )
     ranks: Count | None = Field(
         default=None,
@@ -268,6 +290,11 @@ class Recipe(Settings):
             raise ValueError(
                 f"train.pooled=false compares the top {k} features of every token (train.k), "
                 f"features.tokens_k stores {features.tokens_k}; raise features.tokens_k"
+            )
+        if not self.train.pooled and features.tokens_share < 1:
+            raise ValueError(
+                f"train.pooled=false needs every token's features, features.tokens_share="
+                f"{features.tokens_share:g} stores some; set it to 1"
             )
         return self
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,17 @@ class Gate(NamedTuple):
 
     bias: Tensor  # [F] b_gate
     scale: Tensor  # [F] exp(r_mag): of the shared weights in the magnitude path
+
+
+class ActiveFeatures(NamedTuple):
+    """What fires at some tokens: M activations, token by token, each token's features ascending.
+
+    On the host: it is a thousandth of what an encoder puts out.
+    """
+
+    token: np.ndarray  # [M] int64, from 0
+    feature: np.ndarray  # [M] int64
+    value: np.ndarray  # [M] float32, positive
 
 
 class SparseCoder(NamedTuple):
@@ -69,6 +81,25 @@ class SparseCoder(NamedTuple):
             return acts
         values, indices = torch.topk(acts, min(self.k, acts.shape[1]), dim=1)
         return torch.zeros_like(acts).scatter(1, indices, values)
+
+    @torch.no_grad()
+    def active(self, x: Tensor) -> ActiveFeatures:
+        """The features that fire at activations [N, d_in]; N x F is never held."""
+        parts = [self._active(x[part], part.start) for part in self.chunks(len(x))]
+        return ActiveFeatures(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def _active(self, x: Tensor, first: int) -> ActiveFeatures:
+        if self.k is None and self.gate is None:
+            # What is below the threshold is left where it is: to zero it would be another pass.
+            acts = torch.addmm(self.b_enc, self._centre(x), self.W_enc)
+            fires = acts > self.threshold.clamp_min(0.0)
+        else:
+            acts = self.encode(x)
+            fires = acts > 0
+        places = fires.flatten().nonzero().squeeze(1)
+        values = acts.flatten()[places].cpu().numpy()
+        token, feature = np.divmod(places.cpu().numpy(), self.d_sae)
+        return ActiveFeatures(token + first, feature, values)
 
     def encode_columns(self, x: Tensor, columns: Tensor) -> Tensor:
         """Activations [N, m] of the features ``columns`` [m] alone, with gradient to ``x``."""

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from fpo_core.data.batches import PairIds
 from fpo_core.errors import FPOError
+from fpo_core.lists import lists_of
 from fpo_core.training.feature_shards import CachedSide, FeatureShards, read_features
-from fpo_core.training.shards import SIDES, ShardPairs, check_pairs, lists_of
+from fpo_core.training.shards import SIDES, ShardPairs, check_pairs
 
 
 class Example(NamedTuple):
@@ -113,18 +113,3 @@ def read_examples(
     """All examples of a split; arguments and errors as of ``AlignedShards``."""
     shards = AlignedShards(pairs, reference, features, k, split)
     return [example for number in range(len(shards)) for example in shards.read(number)]
-
-
-def check_vocabulary(examples: Sequence[Example], size: int) -> None:
-    """Refuse pairs of another tokenizer, as far as token ids show it.
-
-    Raises:
-        FPOError: naming a pair whose ids the model does not have.
-    """
-    for example in examples:
-        highest = max(int(np.max(ids, initial=0)) for ids in example.ids[1:])
-        if highest >= size:
-            raise FPOError(
-                f"pair {example.ids.pair_id} has the token id {highest}, the model's vocabulary "
-                f"has {size}: `pairs` was made with another tokenizer; rerun from tokenize"
-            )

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fpo_core.errors import FPOError
-from fpo_core.training.shards import SIDES, Lists, ShardPairs, check_pairs, first_wrong, lists_of
+from fpo_core.lists import Lists, lists_of
+from fpo_core.training.shards import SIDES, ShardPairs, check_pairs, first_wrong
 
 RECOMPUTE = "recompute it with `fpo run RECIPE --from features --force`"
 

@@ -1,29 +1,15 @@
 """Columns of aligned shards: lists as arrays, and whether a cache is of the pairs."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from fpo_core.errors import FPOError
+from fpo_core.lists import Lists
 
 SIDES = ("chosen", "rejected")
 RECOMPUTE_CACHES = "recompute the caches with `fpo run RECIPE --from reference --force`"
-
-
-class Lists(NamedTuple):
-    """A column of lists: row i is values[offsets[i] : offsets[i + 1]]."""
-
-    values: np.ndarray
-    offsets: np.ndarray
-
-    def __getitem__(self, row: int) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.values[self.offsets[row] : self.offsets[row + 1]]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
 
 
 class ShardPairs(NamedTuple):
@@ -33,12 +19,6 @@ class ShardPairs(NamedTuple):
     prompt: Lists
     chosen: Lists
     rejected: Lists
-
-
-def lists_of(table: pa.Table, name: str) -> Lists:
-    column: Any = table[name].combine_chunks()
-    offsets = column.offsets.to_numpy()
-    return Lists(column.flatten().to_numpy(), offsets - offsets[0])
 
 
 def first_wrong(wrong: np.ndarray) -> int | None:

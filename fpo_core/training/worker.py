@@ -5,7 +5,6 @@ budget, one optimizer step a global batch. Losses are summed over the global bat
 its size, whatever the ranks and micro-batches.
 """
 
-import functools
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fpo_core.data.batches import batches_by_length, collate
+from fpo_core.data.batches import batches_by_length, check_vocabulary, collate
 from fpo_core.errors import FPOError
 from fpo_core.logprobs import output_head
 from fpo_core.memory import peak_memory_mb
@@ -30,7 +29,7 @@ from fpo_core.training.bad_batch import keep_bad_batch
 from fpo_core.training.cached import cached_batch
 from fpo_core.training.checkpoint import begin_logs
 from fpo_core.training.engine import fp32_grad_norm, lr_factor, make_engine, start_distributed
-from fpo_core.training.examples import AlignedShards, Example, check_vocabulary
+from fpo_core.training.examples import AlignedShards, Example
 from fpo_core.training.feature_shards import FeatureShards
 from fpo_core.training.heldout import HeldoutMonitor
 from fpo_core.training.job import (
@@ -65,10 +64,11 @@ class Trainer:
         self.loss = PairLoss(job.settings, self._saes(), reference)
         self.shards = self._shards("train")
         model = self._model()
+        vocabulary = len(output_head(model).weight)
         self.stream = ExampleStream(
             self.shards,
             job.settings,
-            functools.partial(check_vocabulary, size=len(output_head(model).weight)),
+            lambda examples: check_vocabulary((e.ids for e in examples), vocabulary),
             (self.rank, self.world),
         )
         self.steps = self.stream.steps

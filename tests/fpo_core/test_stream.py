@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpo_core.data.batches import PairIds
+from fpo_core.data.batches import PairIds, check_vocabulary
 from fpo_core.errors import FPOError
 from fpo_core.recipe.training import SftSettings
-from fpo_core.training.examples import AlignedShards, Example, check_vocabulary
+from fpo_core.training.examples import AlignedShards, Example
 from fpo_core.training.stream import ExampleStream
 
 
@@ -175,7 +175,7 @@ def test_a_shard_that_is_due_late_is_found_wrong_early(tmp_path):
     pq.write_table(table.set_column(1, "prompt_ids", ids), paths[int(last)])
 
     def check(examples):
-        check_vocabulary(examples, 500)
+        check_vocabulary((e.ids for e in examples), 500)
 
     seen = []
 

@@ -10,13 +10,16 @@ from safetensors.torch import load_file
 
 from fpo_core.data.batches import PairIds
 from fpo_core.hookpoint import Hookpoint
+from fpo_core.models.budget import TokenBudget
 from fpo_core.models.load import load_model
-from fpo_core.offline import score_shard
+from fpo_core.offline import WantedFeatures, score_shard
 from fpo_core.recipe.schema import FeatureSettings
 from fpo_core.recipe.training import TrainSettings
 from fpo_core.sae.coder import load_coder
 from fpo_core.training.job import JobSae, TrainingJob
 from fpo_core.training.launch import run_workers
+from storage.schemas import FEATURES_POOLED, FEATURES_TOKENS
+from tasks.arrow import to_table
 from tests.tiny import SAE_LAYER, save_model, save_sae
 
 PINNED = (2, 5, 40)
@@ -42,16 +45,11 @@ def make_caches(root: Path, heldout: int = 0) -> Path:
 
 def write_caches(root, pairs, model):
     coder = load_coder(root / "sae")
-    scores = score_shard(
-        model, pairs, Hookpoint(SAE_LAYER), coder=coder,
-        features=FeatureSettings(cache_k=96, tokens_k=96), pinned=PINNED,
-        want_reference=True, tokens_per_batch=64,
-    )  # fmt: skip
-    last = score_shard(
-        model, pairs, LAST, coder=coder, features=FeatureSettings(cache_k=96),
-        want_reference=False, tokens_per_batch=64,
-    )  # fmt: skip
-    pq.write_table(pa.table(last.pooled), root / "last.parquet")
+    settings = FeatureSettings(cache_k=96, tokens_k=96)
+    saes = [WantedFeatures(coder, Hookpoint(SAE_LAYER), settings, PINNED),
+            WantedFeatures(coder, LAST, settings)]  # fmt: skip
+    scores = score_shard(model, pairs, saes, want_reference=True, budget=TokenBudget(64))
+    first, last = scores.features
     rows = [
         {"pair_id": p.pair_id, "prompt_ids": p.prompt, "chosen_ids": p.chosen,
          "rejected_ids": p.rejected, "split": "train" if number < 8 else "heldout"}
@@ -59,8 +57,9 @@ def write_caches(root, pairs, model):
     ]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), root / "pairs.parquet")
     pq.write_table(pa.table(scores.reference), root / "reference.parquet")
-    pq.write_table(pa.table(scores.pooled), root / "pooled.parquet")
-    pq.write_table(pa.table(scores.tokens), root / "tokens.parquet")
+    pq.write_table(to_table(last.pooled, FEATURES_POOLED), root / "last.parquet")
+    pq.write_table(to_table(first.pooled, FEATURES_POOLED), root / "pooled.parquet")
+    pq.write_table(to_table(first.tokens, FEATURES_TOKENS), root / "tokens.parquet")
 
 
 def sae(root: Path, hookpoint=FIRST, pooled="pooled", tokens=()) -> JobSae:

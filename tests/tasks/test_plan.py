@@ -109,7 +109,7 @@ def test_versions_are_pinned(recipe, store):
         "tokenize": ["limit", "max_length", "max_prompt_length", "shard_pairs", "template"],
         "reference": ["attention", "dtype"],
         "features": ["attention", "cache_k", "dtype", "examples", "layer", "pinned", "site",
-            "tokens_k"],
+            "tokens_k", "tokens_share"],
         "train": [
             "activation_checkpointing", "alpha", "attention", "batch_size", "beta",
             "bucket_batches", "epochs", "gamma", "groups", "index_set", "k", "lr",
