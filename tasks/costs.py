@@ -104,24 +104,39 @@ def _reference(missing: Sequence[str], facts: Facts) -> Cost:
     pairs = facts.pairs
     if pairs is None:
         return Cost()
-    beside = [n for n, name in enumerate(features_stages(facts.recipe)) if name in missing]
-    flops = _sum(_forward(facts, pairs), _encoded(facts, pairs, beside))
+    flops = _sum(_forward(facts, pairs), _encoded(facts, pairs, _wanted_saes(missing, facts)))
     return Cost(pairs.tokens, REFERENCE_ROW * pairs.rows, flops)
 
 
+def _wanted_saes(missing: Sequence[str], facts: Facts) -> list[int]:
+    """The SAEs whose features are missing; one pass makes them all."""
+    return [n for n, name in enumerate(features_stages(facts.recipe)) if name in missing]
+
+
 def _features(stage: str, missing: Sequence[str], facts: Facts) -> Cost:
-    """The blocks up to the SAE, and its encoder."""
-    number = features_stages(facts.recipe).index(stage)
-    pairs, shape, width = facts.pairs, facts.shape, facts.widths[number]
+    """The blocks up to the deepest SAE, and the encoders."""
+    stages = features_stages(facts.recipe)
+    pairs, width = facts.pairs, facts.widths[stages.index(stage)]
     stored = _features_bytes(facts, pairs, width) if pairs and width else None
-    if pairs is None or "reference" in missing:
-        return Cost(None, stored, pass_of="reference" if "reference" in missing else "")
-    blocks = None
-    if shape:
-        layer, site = facts.recipe.hookpoints[number]
-        depth = shape.layers if site == "final_norm" else layer + 1
-        blocks = 2 * pairs.tokens * depth * shape.block_params
-    return Cost(pairs.tokens, stored, _sum(blocks, _encoded(facts, pairs, [number])))
+    wanted = _wanted_saes(missing, facts)
+    first = "reference" if "reference" in missing else stages[wanted[0]]
+    if first != stage:
+        return Cost(None, stored, pass_of=first)
+    if pairs is None:
+        return Cost(None, stored)
+    flops = _sum(_blocks(facts, pairs, wanted), _encoded(facts, pairs, wanted))
+    return Cost(pairs.tokens, stored, flops)
+
+
+def _blocks(facts: Facts, texts: Texts, saes: Iterable[int]) -> float | None:
+    """All tokens through the blocks that some SAEs need."""
+    if facts.shape is None:
+        return None
+    depths = (
+        facts.shape.layers if site == "final_norm" else layer + 1
+        for layer, site in (facts.recipe.hookpoints[number] for number in saes)
+    )
+    return 2 * texts.tokens * max(depths) * facts.shape.block_params
 
 
 def _features_bytes(facts: Facts, pairs: Texts, width: int) -> float:

@@ -29,6 +29,7 @@ from storage.manifest import Made
 from storage.provenance import provenance
 from storage.store import Store
 from storage.writer import ArtifactWriter
+from tasks.cluster import check_ray
 from tasks.plan import SCHEMA_VERSIONS, Plan, StagePlan, kind_of, make_plan, selected_stages
 from tasks.transfer import local_folder
 
@@ -270,6 +271,7 @@ def prepare_run(
             f"JSONL file)"
         )
     stages = selected_stages(plan, first, only)
+    check_ray(settings.resources.inference)
     if {"sft", "train"} & set(stages):
         run_hosts(settings.resources)  # a bad hostfile is told before the hours ahead of training
     return PipelineRun(settings, artifacts, plan, frozenset(stages if force else ())), stages
