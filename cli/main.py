@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from cli.store import StoreUrl
+from cli.store import AsJson, StoreUrl
 from cli.store import app as store_app
 from fpo_core.errors import FPOError, UsageError
 from fpo_core.models.source import TINY_GEMMA
@@ -110,21 +110,49 @@ def run(
 
 
 @app.command()
-def plan(recipe: Recipe, overrides: Overrides = None, store: StoreUrl = None) -> None:
-    """Show what a run would reuse, resume or compute.
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    pairs: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Estimate for N training pairs, whatever is stored."),
+    ] = None,
+    prompt_tokens: Annotated[
+        float | None, typer.Option(min=0, metavar="N", help="... with prompts of N tokens.")
+    ] = None,
+    response_tokens: Annotated[
+        float | None, typer.Option(min=1, metavar="N", help="... with answers of N tokens each.")
+    ] = None,
+    store: StoreUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run would reuse, resume or compute, and what that would cost.
 
     \b
-    Example:
+    Examples:
       fpo plan quickstart --set train.alpha=1.0
+      fpo plan gemma2b --pairs 10000000
     """
-    from cli.show import print_plan
+    from cli.estimates import print_estimates
+    from cli.show import print_json, print_plan
     from fpo_core.recipe import load_recipe
+    from tasks.estimate import WhatIf, estimate_plan
     from tasks.plan import make_plan
     from tasks.run import recipe_store
 
     settings = load_recipe(recipe, overrides or [])
     artifacts = recipe_store(settings, store)
-    print_plan(settings, make_plan(settings, artifacts), artifacts)
+    planned = make_plan(settings, artifacts)
+    what_if = WhatIf(pairs, prompt_tokens, response_tokens)
+    estimates = estimate_plan(settings, planned, artifacts, what_if)
+    if as_json:
+        print_json({
+            "recipe": settings.name, "store": artifacts.url, "stages": planned.stages,
+            "unresolved": planned.unresolved, "estimates": estimates,
+        })  # fmt: skip
+        return
+    print_plan(settings, planned, artifacts)
+    print_estimates(estimates)
 
 
 @app.command()

@@ -46,10 +46,11 @@ def _console() -> Console:
     return Console()
 
 
-def _table(*columns: str) -> Table:
+def new_table(*columns: str) -> Table:
+    """An empty table; columns of numbers are right-aligned."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     for column in columns:
-        right = column in ("rows", "size", "age")
+        right = column in ("rows", "tokens", "size", "FLOPs", "age")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table
 
@@ -60,7 +61,7 @@ def print_plan(recipe: Recipe, plan: Plan, store: Store) -> None:
     console.print(
         f"recipe {recipe.name}: {recipe.train.method}, store {store.url}", highlight=False
     )
-    table = _table("stage", "action", "artifact", "rows", "size")
+    table = new_table("stage", "action", "artifact", "rows", "size")
     for stage in plan.stages.values():
         rows = size = ""
         if stage.state == "complete":
@@ -83,7 +84,7 @@ def print_artifacts(url: str, infos: Sequence[ArtifactInfo]) -> None:
     if not infos:
         console.print(f"the store {url} is empty; `fpo run quickstart` fills it")
         return
-    table = _table("artifact", "state", "rows", "size", "age", "recipes")
+    table = new_table("artifact", "state", "rows", "size", "age", "recipes")
     for info in sorted(infos, key=lambda info: info.created or "", reverse=True):
         table.add_row(
             info.name, info.state, f"{info.rows:,}" if info.rows else "", human_bytes(info.bytes),
@@ -106,7 +107,7 @@ def print_artifact(store: Store, info: ArtifactInfo) -> None:
     manifest = dict(store.artifact(info.stage, info.version).manifest)
     files = manifest.pop("files")
     console.print_json(json.dumps(manifest, default=str))
-    table = _table("file", "size", "sha256")
+    table = new_table("file", "size", "sha256")
     for path, file in sorted(files.items()):
         table.add_row(Text(path), human_bytes(file["bytes"]), file["sha256"][:16])
     console.print(table)
@@ -175,7 +176,7 @@ def print_garbage(found: Garbage, *, deleted: bool) -> None:
     """What can go, or went."""
     console = _console()
     if found.artifacts:
-        table = _table("artifact", "state", "size", "age")
+        table = new_table("artifact", "state", "size", "age")
         for info in found.artifacts:
             table.add_row(info.name, info.state, human_bytes(info.bytes), _age_of(info))
         console.print(table)
@@ -194,7 +195,7 @@ def print_garbage(found: Garbage, *, deleted: bool) -> None:
 def print_copied(copied: Sequence[Copied], url: str) -> None:
     """What was copied where."""
     console = _console()
-    table = _table("artifact", "state", "size")
+    table = new_table("artifact", "state", "size")
     for one in copied:
         table.add_row(one.name, one.state, human_bytes(one.bytes) if one.bytes else "")
     console.print(table)

@@ -6,7 +6,8 @@ and only has to merge the statistics and commit. All stay separately versioned a
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,18 +16,21 @@ import pyarrow as pa
 
 from fpo_core.models.load import inference_device, load_model, prepare_cpu
 from fpo_core.progress import Progress, not_shown
+from fpo_core.recipe import Recipe
 from fpo_core.sae.source import sae_folder
 from storage.artifact import Artifact
+from storage.backend import always
 from storage.schemas import (
     FEATURES_POOLED,
     FEATURES_SHARD_STATS,
     FEATURES_TOKENS,
     REFERENCE,
 )
-from storage.writer import ArtifactWriter, Receipt
+from storage.writer import ArtifactWriter
 from tasks.arrow import to_table
-from tasks.plan import features_stages
-from tasks.run import PipelineRun
+from tasks.fanout import ShardDone, Todo, fan_out
+from tasks.plan import Plan, features_stages
+from tasks.run import PipelineRun, recipe_store
 
 if TYPE_CHECKING:
     from fpo_core.data.batches import PairIds
@@ -35,13 +39,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("fpo.stage")
 
 Tables = dict[str, pa.Table]
-
-
-class Todo(NamedTuple):
-    """What of one shard is missing."""
-
-    shard: int
-    stages: tuple[str, ...]
 
 
 class ComputedShard(NamedTuple):
@@ -118,12 +115,54 @@ class OfflineWorker:
             tables["reference"] = {"": to_table(scores.reference, REFERENCE)}
         return ComputedShard(todo.shard, tables, scores.tokens)
 
-    def write(self, computed: ComputedShard) -> dict[str, Receipt]:
-        """Put a shard's tables into the store; their receipts by stage."""
-        return {
+    def write(self, computed: ComputedShard) -> ShardDone:
+        """Put a shard's tables into the store."""
+        receipts = {
             stage: self._writers[stage].put_tables(computed.shard, tables)
             for stage, tables in computed.tables.items()
         }
+        return ShardDone(computed.tokens, receipts)
+
+    def run(self, work: Todo) -> ShardDone:
+        """Compute a shard and write it."""
+        return self.write(self.compute(work))
+
+
+class OfflineJob(NamedTuple):
+    """What another process needs to compute the shards of a run; picklable, without secrets."""
+
+    recipe: Recipe
+    store: str
+    plan: Plan
+    stages: tuple[str, ...]
+    folder: str  # where the recipe's relative paths start
+
+    @classmethod
+    def of(cls, run: PipelineRun, stages: Iterable[str]) -> "OfflineJob":
+        """The job of some stages of a run."""
+        url = run.store.url
+        place = url if "://" in url else str(Path(url).expanduser().absolute())
+        return cls(run.recipe, place, run.plan, tuple(stages), str(Path.cwd()))
+
+    def worker(self) -> OfflineWorker:
+        """Open the store and load model and SAEs."""
+        if Path(self.folder).is_dir():  # on another machine the paths are absolute ones
+            os.chdir(self.folder)
+        store = recipe_store(self.recipe, self.store)
+        run = PipelineRun(self.recipe, store, self.plan, frozenset())
+        planned = {stage: run.planned(stage) for stage in self.stages}
+        # The artifacts are held by who started the workers, and alone writes the receipts.
+        writers = {
+            stage: ArtifactWriter(store.backend, one.artifact, one.version, _HeldElsewhere())
+            for stage, one in planned.items()
+        }
+        return OfflineWorker(run, writers)
+
+
+class _HeldElsewhere:
+    """The right to write that another process has, and checks."""
+
+    check = staticmethod(always)
 
 
 def score_shards(run: PipelineRun, writers: Mapping[str, ArtifactWriter]) -> int:
@@ -140,13 +179,30 @@ def score_shards(run: PipelineRun, writers: Mapping[str, ArtifactWriter]) -> int
     todo = _missing(pairs.num_shards(), writers)
     if not todo:
         return 0
-    worker, tokens = OfflineWorker(run, writers), 0
+    tokens = 0
     with Progress(" + ".join(writers), total=_expected(pairs, todo), unit="token") as progress:
-        for computed, receipts in _in_process(worker, todo, progress.advance):
-            for stage, receipt in receipts.items():
+        for done in _computed(run, writers, todo, progress):
+            for stage, receipt in done.receipts.items():
                 writers[stage].put_receipt(receipt)
-            tokens += computed.tokens
+            tokens += done.tokens
     return tokens
+
+
+def _computed(
+    run: PipelineRun,
+    writers: Mapping[str, ArtifactWriter],
+    todo: Sequence[Todo],
+    progress: Progress,
+) -> Iterator[ShardDone]:
+    """The shards as they are finished, in this process or on Ray."""
+    settings = run.recipe.resources.inference
+    if settings.runner == "local":
+        yield from _in_process(OfflineWorker(run, writers), todo, progress.advance)
+        return
+    job = OfflineJob.of(run, writers)
+    for done in fan_out(job, todo, settings):
+        progress.advance(done.tokens)
+        yield done
 
 
 def _missing(shards: int, writers: Mapping[str, ArtifactWriter]) -> list[Todo]:
@@ -166,17 +222,17 @@ def _expected(pairs: Artifact, todo: Sequence[Todo]) -> int | None:
 
 def _in_process(
     worker: OfflineWorker, todo: Sequence[Todo], on_tokens: Callable[[int], None]
-) -> Iterator[tuple[ComputedShard, dict[str, Receipt]]]:
+) -> Iterator[ShardDone]:
     """Shard after shard; one is written while the next is computed."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as thread:
-        last: tuple[ComputedShard, Future[dict[str, Receipt]]] | None = None
+        last: Future[ShardDone] | None = None
         for work in todo:
             computed = worker.compute(work, on_tokens)
             if last:
-                yield last[0], last[1].result()
-            last = computed, thread.submit(worker.write, computed)
+                yield last.result()
+            last = thread.submit(worker.write, computed)
         if last:
-            yield last[0], last[1].result()
+            yield last.result()
 
 
 def read_pair_ids(table: pa.Table) -> list["PairIds"]:

@@ -29,6 +29,7 @@ from storage.manifest import Made
 from storage.provenance import provenance
 from storage.store import Store
 from storage.writer import ArtifactWriter
+from tasks.cluster import check_ray
 from tasks.plan import SCHEMA_VERSIONS, Plan, StagePlan, kind_of, make_plan, selected_stages
 from tasks.transfer import local_folder
 
@@ -168,13 +169,14 @@ class PipelineRun:
             work = compute(writer)
             release_gpu_memory()  # training's workers are processes of their own
             seconds = time.monotonic() - started
+            rate = work.tokens / max(seconds, 1e-9)
+            told = {"tokens_per_second": round(rate, 1)} if rate else {}  # `fpo plan` goes by it
             artifact = writer.commit(
                 Made(
-                    SCHEMA_VERSIONS[kind_of(stage)], planned.recipe, planned.inputs, work.stats,
-                    seconds, provenance(),
+                    SCHEMA_VERSIONS[kind_of(stage)], planned.recipe, planned.inputs,
+                    {**work.stats, **told}, seconds, provenance(),
                 )
             )  # fmt: skip
-        rate = work.tokens / max(seconds, 1e-9)
         return _outcome(planned, artifact, "resumed" if resumed else "computed", seconds, rate)
 
     def reuse(self, stages: Sequence[str]) -> dict[str, Outcome] | None:
@@ -269,6 +271,7 @@ def prepare_run(
             f"JSONL file)"
         )
     stages = selected_stages(plan, first, only)
+    check_ray(settings.resources.inference)
     if {"sft", "train"} & set(stages):
         run_hosts(settings.resources)  # a bad hostfile is told before the hours ahead of training
     return PipelineRun(settings, artifacts, plan, frozenset(stages if force else ())), stages
@@ -321,8 +324,8 @@ def describe(outcome: Outcome) -> str:
 def human_bytes(count: int) -> str:
     """A size for people, in decimal units."""
     size = float(count)
-    for unit in ("B", "kB", "MB"):
+    for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
-    return f"{size:.1f} GB"
+    return f"{size:,.1f} TB"

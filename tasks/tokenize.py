@@ -80,11 +80,11 @@ def _tokenize(
     chat = ChatFormat(load_tokenizer(run.base_folder()), settings.template)
     dropped: list[DroppedPair] = []
     counts: Counter[str] = Counter()
-    tokens = 0
+    tokens = answer_tokens = 0
     train_ids: set[str] = set()
 
     def rows() -> Iterator[dict]:
-        nonlocal tokens
+        nonlocal tokens, answer_tokens
         for split, pairs in splits.items():
             exclude, before = frozenset(train_ids), len(dropped)
             for pair in tokenize_pairs(pairs, chat, limits, exclude=exclude):
@@ -95,7 +95,9 @@ def _tokenize(
                 if split == "train":
                     train_ids.add(pair.pair_id)
                 counts[split] += 1
-                tokens += len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+                answers = len(pair.chosen_ids) + len(pair.rejected_ids)
+                answer_tokens += answers
+                tokens += len(pair.prompt_ids) + answers
                 yield _row(pair, split)
             if not counts[split]:
                 raise FPOError(_nothing_left(split, dropped[before:], limits))
@@ -114,7 +116,11 @@ def _tokenize(
     reasons = Counter(pair.reason for pair in dropped)
     if dropped:
         _tell_dropped(dropped, reasons)
-    return Work({"pairs": dict(counts), "dropped": dict(reasons), "tokens": tokens}, tokens)
+    stats = {
+        "pairs": dict(counts), "dropped": dict(reasons), "tokens": tokens,
+        "answer_tokens": answer_tokens,
+    }  # fmt: skip
+    return Work(stats, tokens)
 
 
 def _row(pair: TokenizedPair, split: str) -> dict:

@@ -24,6 +24,7 @@ FEW = (
 
 def test_the_quickstart_on_few_pairs(fpo, tmp_path):
     where = ("--store", tmp_path / "store", "--report", tmp_path / "report")
+    planned = json.loads(fpo("plan", "quickstart", *FEW, *where[:2], "--json").out)
     result = fpo("run", "quickstart", *FEW, *where)
     assert result.code == 0, result.err
     store = open_store(tmp_path / "store")
@@ -46,6 +47,13 @@ def test_the_quickstart_on_few_pairs(fpo, tmp_path):
     assert (tmp_path / "report" / "report.html").is_file()
     again = fpo("run", "quickstart", *FEW, *where)
     assert again.err.count("reused") == 5
+    # What was said before anything ran, from the files alone. Small shards have large footers.
+    said = {stage["stage"]: stage for stage in planned["estimates"]["stages"]}
+    assert said["reference"]["tokens"] == pytest.approx(
+        found["pairs"].manifest["stats"]["tokens"], rel=0.35
+    )
+    assert said["features"]["bytes"] == pytest.approx(found["features"].manifest["bytes"], rel=0.5)
+    assert said["train"]["bytes"] == pytest.approx(found["policy"].manifest["bytes"], rel=0.02)
 
 
 def test_the_quickstart_on_s3(fpo, seaweed, tmp_path, monkeypatch):

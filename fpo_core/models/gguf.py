@@ -26,7 +26,7 @@ def convert_gguf(path: Path, version: int) -> Path:
     Returns:
         A folder that ``from_pretrained`` reads. It appears whole or not at all.
     """
-    target = cache_folder() / "models" / f"{path.stem}-{file_digest(path)[:12]}-v{version}"
+    target = converted_folder(path, version)
     if target.is_dir():
         return target
     log.info("converting %s to safetensors (once, about half a minute)", path.name)
@@ -43,6 +43,11 @@ def convert_gguf(path: Path, version: int) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def converted_folder(path: Path, version: int) -> Path:
+    """Where the conversion of a GGUF file is, or will be."""
+    return cache_folder() / "models" / f"{path.stem}-{file_digest(path)[:12]}-v{version}"
 
 
 def _convert(path: Path, folder: Path) -> None:

@@ -196,6 +196,32 @@ class InferenceSettings(Settings):
         description="tokens a forward pass, padding included; `auto`: what the GPU's free memory "
         "holds, 2,048 on a CPU",
     )
+    runner: Literal["local", "ray"] = Field(
+        default="local", description="where shards are computed: in this process, or on Ray"
+    )
+    address: Annotated[str, Field(pattern=r"^(ray://)?[^\s/:]+:\d+$")] | None = Field(
+        default=None,
+        description="of a running Ray cluster, HOST:PORT or ray://HOST:PORT; default: one is "
+        "started on this machine for the stage",
+    )
+    workers: Count | None = Field(
+        default=None,
+        description="shards computed at a time; default: what the cluster has room for",
+    )
+    cpus: Positive = Field(default=1, description="CPUs that Ray sets aside for a shard")
+    gpus: NonNegative | None = Field(
+        default=None,
+        description="GPUs that Ray sets aside for a shard; default: 1 where the cluster has any",
+    )
+
+    @model_validator(mode="after")
+    def _cluster_is_rays(self) -> "InferenceSettings":
+        given = self.model_fields_set & {"address", "workers", "cpus", "gpus"}
+        if self.runner == "local" and given:
+            raise ValueError(
+                f"resources.inference.{min(given)} is for resources.inference.runner=ray"
+            )
+        return self
 
 
 class ResourceSettings(Settings):

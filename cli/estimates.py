@@ -1,0 +1,61 @@
+"""How ``fpo plan`` shows what a run would cost."""
+
+from rich.console import Console
+from rich.table import Table
+
+from cli.show import new_table
+from tasks.estimate import Estimate, Estimates
+from tasks.run import human_bytes
+
+
+def print_estimates(estimates: Estimates) -> None:
+    """A line a stage, and what the figures rest on."""
+    if not estimates.stages:
+        return
+    console = Console()
+    console.print("estimates of what is missing:", highlight=False)
+    table: Table = new_table("stage", "tokens", "size", "FLOPs", "time")
+    for stage in estimates.stages:
+        table.add_row(
+            stage.stage, _count(stage.tokens), human_bytes(int(stage.bytes)) if stage.bytes else "",
+            f"{stage.flops:.1e}" if stage.flops else "", _time(stage),
+        )  # fmt: skip
+    hours = estimates.h100_hours
+    table.add_row(
+        "together", "", human_bytes(int(estimates.bytes)), "",
+        _h100(3600 * hours) if hours else "",
+    )  # fmt: skip
+    console.print(table)
+    for line in estimates.rests_on:
+        console.print(f"- {line}", highlight=False, soft_wrap=True)
+
+
+def _time(stage: Estimate) -> str:
+    if stage.seconds is None:
+        return f"in the pass of {stage.time_from}" if stage.time_from else ""
+    if stage.time_from == "H100":
+        return _h100(stage.seconds)
+    return f"{_duration(stage.seconds)}, as {stage.time_from} ran"
+
+
+def _count(value: float | None) -> str:
+    if value is None:
+        return ""
+    for unit, size in (("billion", 1e9), ("million", 1e6)):
+        if value >= size:
+            return f"{value / size:,.1f} {unit}"
+    return f"{value:,.0f}"
+
+
+def _h100(seconds: float) -> str:
+    hours = seconds / 3600
+    if hours < 0.01:
+        return f"{seconds:.1g} H100-seconds"
+    return f"{hours:,.0f} H100-hours" if hours >= 10 else f"{hours:.2g} H100-hours"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
