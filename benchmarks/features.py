@@ -294,7 +294,7 @@ def _peak(count: int) -> float:
     """Peak memory of reference and features over so many made-up pairs, shard by shard."""
     with tempfile.TemporaryDirectory() as folder:
         make_tiny_gemma(Path(folder) / "gemma")
-        model = load_model(Path(folder) / "gemma" / "model", dtype="float32", attention="sdpa")
+        model = load_model(Path(folder) / "gemma" / "model", dtype="float32", attention="eager")
         coder = load_coder(Path(folder) / "gemma" / SAE_PLACE)
         saes = [WantedFeatures(coder, Hookpoint(2), SETTINGS)]
         with PeakMemory() as memory, _writers(folder) as (_, features):
