@@ -1,7 +1,7 @@
 """What each stage costs, by calculation: tokens, bytes stored, floating-point operations.
 
 A matrix of n parameters takes 2 n operations a token forward and 4 n backward. Left out are
-attention's own products, norms and the optimizer (at 500 tokens a row some percent of the whole),
+attention's own products, norms and the optimizer (at 800 tokens a row some percent of the whole),
 training's measurements on held-out pairs, and the answers that evaluation samples.
 """
 
