@@ -11,6 +11,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,12 +51,14 @@ def ray_cluster(settings: InferenceSettings) -> Iterator[Any]:
         options |= _own_cluster(settings)
     else:
         _check_answers(settings.address)
+    # Ray first: prefect-ray's lazy import of it would load its exceptions a second time.
+    RayError = importlib.import_module("ray.exceptions").RayError  # noqa: N806
     from prefect_ray import RayTaskRunner
-    from ray.exceptions import RayError
 
-    runner, on_term = RayTaskRunner(settings.address, options), _sigterm()
+    runner = RayTaskRunner(settings.address, options)
     try:
-        runner.__enter__()
+        with _signals_later():
+            runner.__enter__()
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
         where = f"at {settings.address}" if settings.address else "of this machine"
         reason = str(error).strip().partition("\n")[0]
@@ -64,8 +67,6 @@ def ray_cluster(settings: InferenceSettings) -> Iterator[Any]:
             f"the same releases of Ray and Python as here, and its token in RAY_AUTH_TOKEN"
         ) from error
     try:
-        if on_term is not None:  # Ray has put one of its own in its place
-            signal.signal(signal.SIGTERM, on_term)
         yield runner
     finally:
         runner.__exit__(None, None, None)
@@ -73,10 +74,11 @@ def ray_cluster(settings: InferenceSettings) -> Iterator[Any]:
 
 def _own_cluster(settings: InferenceSettings) -> dict[str, Any]:
     """Options of a cluster of this machine, closed to all others."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # Ray's name for "listen on the loopback interface", which is its way on other systems.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    if "ray" not in sys.modules:  # it reads its environment once
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # Ray's name for "listen on the loopback interface", which is its way on other systems.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     options: dict[str, Any] = {
         "address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES,
     }  # fmt: skip
@@ -98,11 +100,27 @@ def _check_answers(address: str) -> None:
         ) from error
 
 
-def _sigterm() -> Any:
-    """What SIGTERM does now, where that can be put back."""
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back for the context: half a cluster does not end by itself.
+
+    Ray, too, sets a handler of SIGTERM, which goes with the context.
+    """
     if threading.current_thread() is not threading.main_thread():
-        return None
-    return signal.getsignal(signal.SIGTERM)
+        yield
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _frame: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in came[:1]:
+        signal.raise_signal(number)
 
 
 class Room(NamedTuple):

@@ -1,7 +1,7 @@
 """What each stage costs, by calculation: tokens, bytes stored, floating-point operations.
 
 A matrix of n parameters takes 2 n operations a token forward and 4 n backward. Left out are
-attention's own products, norms and the optimizer (at 500 tokens a row some percent of the whole),
+attention's own products, norms and the optimizer (at 800 tokens a row some percent of the whole),
 training's measurements on held-out pairs, and the answers that evaluation samples.
 """
 
@@ -18,9 +18,9 @@ from tasks.texts import Texts
 # Bytes of the tables, measured on the quickstart's artifacts (docs/scaling.md says how).
 PAIR_TOKEN = 2.4  # of `pairs`, a token
 REFERENCE_ROW = 66.0  # of `reference`, a pair
-TOKEN_FEATURE = 4.72  # of features/tokens, a stored feature; the rest of the row included
+TOKEN_FEATURE = 4.82  # of features/tokens, a stored feature; the rest of the row included
 POOLED_FEATURE = 4.83  # of features/pooled, the same
-STATS_ROW, STATS_EXAMPLE = 5.0, 7.7  # of features/stats and shard_stats: a feature, an example
+STATS_ROW, STATS_EXAMPLE = 41.0, 5.0  # of features/stats and shard_stats: a feature, an example
 ACTIVE_A_RESPONSE = 820  # features that fire somewhere in a response, where all are kept
 MODEL_PARAMETER = 4  # float32, as models are saved
 
@@ -144,7 +144,8 @@ def _features_bytes(facts: Facts, pairs: Texts, width: int) -> float:
     settings = facts.recipe.features
     kept = ACTIVE_A_RESPONSE if settings.cache_k == "all" else settings.cache_k
     pooled = 2 * pairs.rows * POOLED_FEATURE * min(kept, width)
-    tokens = pairs.scored * TOKEN_FEATURE * min(settings.tokens_k, width)
+    rows = pairs.scored * settings.tokens_share
+    tokens = rows * TOKEN_FEATURE * min(settings.tokens_k, width)
     tables = 1 + -(-pairs.rows // facts.recipe.data.shard_pairs)
     return pooled + tokens + tables * width * (STATS_ROW + STATS_EXAMPLE * settings.examples)
 

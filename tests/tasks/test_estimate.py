@@ -13,7 +13,7 @@ from storage.location import open_store
 from tasks.estimate import H100_FLOPS, UTILIZATION, Estimates, WhatIf, estimate_plan
 from tasks.plan import make_plan
 from tasks.texts import SAMPLE_ROWS, pair_texts
-from tests.tiny import make_model, save_pairs, save_recipe
+from tests.tiny import make_model, save_pairs, save_recipe, save_sae
 
 NOTHING = WhatIf()
 # What google/gemma-2-2b's config.json has beside the defaults of its class.
@@ -100,6 +100,27 @@ def test_the_head_and_later_layers_cost_only_those_who_run_them(tmp_path, finish
     block = 2 * 32 * 8 * (4 + 2) + 3 * 32 * 64
     tokens = deep["features"].tokens
     assert deep["features"].flops - shallow["features"].flops == pytest.approx(2 * block * tokens)
+    store = open_store(finished_run.store)
+    pairs = store.artifact("pairs", make_plan(load_recipe(str(recipe)), store).version("tokenize"))
+    encoder = 2 * pairs.manifest["stats"]["answer_tokens"] * 32 * 96
+    assert shallow["features"].flops == pytest.approx(2 * block * tokens + encoder)
+
+
+def test_one_pass_serves_the_saes_that_are_missing(tmp_path, finished_run):
+    """It ends at the deepest of them, and is told once."""
+    also = [{"source": str(save_sae(tmp_path / "second", layer=2)), "layer": 2}]
+    recipe = load_recipe(str(finished_run.recipe), {"features.tokens_k": 4, "sae.also": also})
+    store = open_store(finished_run.store)
+    both = by_stage(estimate_plan(recipe, make_plan(recipe, store), store, NOTHING))
+    alone = by_stage(estimated(finished_run.recipe, finished_run.store, "features.tokens_k=4"))
+    assert both["features@2"].time_from == "features"
+    assert both["features@2"].seconds is None
+    assert both["features@2"].bytes == both["features"].bytes == alone["features"].bytes
+    block = 2 * 32 * 8 * (4 + 2) + 3 * 32 * 64
+    pairs = store.artifact("pairs", make_plan(recipe, store).version("tokenize"))
+    encoder = 2 * pairs.manifest["stats"]["answer_tokens"] * 32 * 96
+    deeper = 2 * block * alone["features"].tokens
+    assert both["features"].flops - alone["features"].flops == pytest.approx(deeper + encoder)
 
 
 def test_tokens_and_rates_are_those_of_earlier_artifacts(finished_run):

@@ -1,0 +1,250 @@
+"""Shards on a real Ray cluster of this machine: the same files, and what becomes of failures."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+from prefect import flow
+
+from fpo_core.errors import FPOError
+from fpo_core.recipe.schema import InferenceSettings
+from tasks.cluster import RETRIES, Room, check_ray, ray_cluster
+from tasks.fanout import ShardDone, Todo, fan_out
+from tasks.features import features
+from tasks.offline import OfflineJob
+from tasks.reference import reference
+from tasks.run import PipelineRun, prepare_run
+
+ON_RAY = ["resources.inference.runner=ray"]
+LAST = 3  # shard of four
+OF_TWO = InferenceSettings(runner="ray", workers=2)
+
+
+@pytest.fixture(scope="module")
+def ray(prefect_server) -> Iterator[None]:
+    """A cluster of two CPUs, which the runs of these tests find started."""
+    with ray_cluster(OF_TWO):
+        yield
+    import ray
+
+    assert not ray.is_initialized()
+
+
+@flow
+def caches(run: PipelineRun) -> None:
+    reference(run, ["features"])
+    features(run)
+
+
+@pytest.fixture
+def prepared(finished_run, tmp_path):
+    """A run of the finished run's recipe on a store that has its pairs alone, on Ray."""
+
+    def prepare(overrides: list[str]) -> PipelineRun:
+        artifacts = "artifacts/pairs"
+        if not (tmp_path / "store").exists():
+            shutil.copytree(finished_run.store / artifacts, tmp_path / "store" / artifacts)
+        return prepare_run(str(finished_run.recipe), overrides, str(tmp_path / "store"))[0]
+
+    return prepare
+
+
+def files(run: PipelineRun) -> dict[str, Any]:
+    return {stage: run.artifact(stage).manifest["files"] for stage in ("reference", "features")}
+
+
+def files_in_process(finished_run) -> dict[str, Any]:
+    return files(prepare_run(str(finished_run.recipe), [], str(finished_run.store))[0])
+
+
+@pytest.mark.slow
+def test_the_files_are_those_of_one_process(ray, prepared, finished_run):
+    run = prepared(ON_RAY)
+    caches(run)
+    assert files(run) == files_in_process(finished_run)
+    assert run.artifact("reference").manifest["stats"]["shared_pass_with"] == ["features"]
+    assert run.artifact("tokenize").num_shards() == 4
+
+
+class Hindered(NamedTuple):
+    """A job whose worker does something else first, on one shard."""
+
+    job: OfflineJob
+    folder: Path
+    how: str
+
+    def worker(self) -> "HinderedWorker":
+        return HinderedWorker(self)
+
+
+class HinderedWorker:
+    def __init__(self, hindered: Hindered) -> None:
+        self.hindered, self.loaded = hindered, None
+
+    def run(self, work: Todo) -> ShardDone:
+        if work.shard == LAST:
+            getattr(self, self.hindered.how)()
+        self.loaded = self.loaded or self.hindered.job.worker()
+        return self.loaded.run(work)
+
+    def wait_to_be_killed_once(self) -> None:
+        if not (self.hindered.folder / "killed").exists():
+            (self.hindered.folder / "pid").write_text(str(os.getpid()))
+            time.sleep(60)
+
+    def die(self) -> None:
+        with (self.hindered.folder / "deaths").open("a") as deaths:
+            deaths.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def refuse(self) -> None:
+        raise FPOError("the pairs are of another tokenizer")
+
+    def break_down(self) -> None:
+        raise ZeroDivisionError("a mistake of ours")
+
+
+def hinder(monkeypatch, folder: Path, how: str) -> None:
+    of = OfflineJob.of
+    monkeypatch.setattr(
+        OfflineJob, "of", lambda run, stages: Hindered(of(run, stages), folder, how)
+    )
+
+
+@pytest.mark.slow
+def test_the_shard_of_a_killed_worker_is_computed_again(
+    ray, prepared, finished_run, tmp_path, monkeypatch
+):
+    """By SIGKILL to its process, in the midst of a shard."""
+    hinder(monkeypatch, tmp_path, "wait_to_be_killed_once")
+
+    def kill() -> None:
+        pid = tmp_path / "pid"
+        while not (pid.exists() and pid.read_text()):
+            time.sleep(0.05)
+        (tmp_path / "killed").touch()
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    run = prepared(ON_RAY)
+    caches(run)
+    killer.join(1)
+    assert not killer.is_alive()
+    assert files(run) == files_in_process(finished_run)
+
+
+@pytest.mark.slow
+def test_a_shard_that_kills_every_worker_ends_the_run_and_the_rest_goes_on(
+    ray, prepared, finished_run, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patched:
+        hinder(patched, tmp_path, "die")
+        with pytest.raises(
+            FPOError, match=f"shard {LAST}: its Ray worker died {RETRIES + 1} times"
+        ):
+            caches(prepared(ON_RAY))
+    assert len((tmp_path / "deaths").read_text()) == RETRIES + 1
+    run = prepared([])  # in this process
+    assert run.store.state("reference", run.plan.version("reference")) == "partial"
+    caches(run)
+    assert files(run) == files_in_process(finished_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("refuse", "shard 3: the pairs are of another tokenizer"),
+        ("break_down", "shard 3 failed on its Ray worker: ZeroDivisionError: a mistake of ours"),
+    ],
+)
+def test_a_failed_shard_is_named(ray, prepared, tmp_path, monkeypatch, how, told):
+    hinder(monkeypatch, tmp_path, how)
+    with pytest.raises(FPOError, match=told):
+        caches(prepared(ON_RAY))
+
+
+@pytest.mark.slow
+def test_more_than_the_cluster_has_is_refused(ray):
+    settings = OF_TWO.model_copy(update={"gpus": 2.0})
+    with pytest.raises(FPOError, match=r"2 GPUs \(resources\.inference\.cpus and \.gpus\)"):
+        Room.of(settings)
+    with pytest.raises(FPOError, match="64 CPUs and 0 GPUs"):
+        list(fan_out(None, [Todo(0, ())], OF_TWO.model_copy(update={"cpus": 64.0})))  # pyright: ignore[reportArgumentType]
+    assert Room.of(OF_TWO).at_a_time == 2
+    assert Room.of(InferenceSettings(runner="ray")).at_a_time == 4
+    assert Room.of(OF_TWO).options["num_gpus"] == 0
+
+
+def test_an_address_where_no_cluster_answers_is_told_at_once():
+    settings = InferenceSettings(runner="ray", address="127.0.0.1:1")
+    started = time.monotonic()
+    with (
+        pytest.raises(FPOError, match=r"address=127\.0\.0\.1:1: no Ray cluster answers there"),
+        ray_cluster(settings),
+    ):
+        pass
+    assert time.monotonic() - started < 5
+
+
+def test_where_ray_is_not_installed_the_remedy_is_told(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(FPOError, match=r"pip install 'fpo-pipeline\[ray\]'"):
+        check_ray(OF_TWO)
+    check_ray(InferenceSettings())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["ray::DashboardAgent", "ray::shard"])
+def test_nothing_survives_a_run_that_is_interrupted(finished_run, tmp_path, when):
+    """While the cluster starts, and later; it listens on the loopback interface alone."""
+    shutil.copytree(finished_run.store / "artifacts/pairs", tmp_path / "artifacts/pairs")
+    command = [sys.executable, "-m", "cli.main", "run", finished_run.recipe, "--store", tmp_path,
+               "--only", "reference", "--set", *ON_RAY]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as driver:
+        started = wait_for(when, psutil.Process(driver.pid))
+        addresses = {
+            connection.laddr.ip for process in started for connection in listening(process)
+        }
+        driver.send_signal(signal.SIGINT)
+        _, err = driver.communicate(timeout=60)
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    assert driver.returncode == 130, err
+    assert "the same command goes on" in err
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert alive == []
+
+
+def wait_for(name: str, driver: psutil.Process) -> list[psutil.Process]:
+    """All processes below the driver, once one of this name is among them."""
+    for _ in range(600):
+        below = driver.children(recursive=True)
+        if any(name_of(process).startswith(name) for process in below):
+            return below
+        time.sleep(0.1)
+    raise AssertionError(f"no {name} was started")
+
+
+def name_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def listening(process: psutil.Process) -> list[Any]:
+    try:
+        return [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    except psutil.Error:
+        return []
