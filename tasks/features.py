@@ -7,6 +7,7 @@ from prefect.cache_policies import NO_CACHE
 from storage.schemas import FEATURES_STATS
 from storage.writer import ArtifactWriter
 from tasks.announce import announce
+from tasks.gate import gate_stats
 from tasks.offline import score_shards
 from tasks.plan import features_stages
 from tasks.run import Outcome, PipelineRun, Work
@@ -44,6 +45,7 @@ def _extract(run: PipelineRun, stage: str, writer: ArtifactWriter) -> Work:
             "scored_tokens": sum(int(shard["tokens"][0]) for shard in shards),
             "l0": float(density.sum()),
             "never_active": int((density == 0).sum()),
+            **gate_stats(writer),
         },
         tokens,
     )

@@ -21,6 +21,7 @@ from storage.schemas import (
     REFERENCE,
 )
 from storage.writer import ArtifactWriter
+from tasks.gate import gate_sae
 from tasks.run import PipelineRun
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ def score_shards(
     # All of them: one that does not fit is told before the first hour, not before its own.
     coders = [attached_coder(run, model, n) for n in range(len(run.recipe.hookpoints))]
     coder = coders[sae].to(str(model.device)) if features else None
+    if features and coder:
+        gate_sae(run, features, model, coder, sae, sae_path(run, sae))
     pinned = run.recipe.train.pinned if sae == 0 else ()
     shards = {work.shard: read_pair_ids(pairs.table(shard=work.shard)) for work in todo}
     total = sum(pair.length for ids in shards.values() for pair in ids)

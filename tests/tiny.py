@@ -122,7 +122,11 @@ def save_recipe(folder: Path, **sections: dict) -> Path:
             "max_length": 200,
             "shard_pairs": 5,
         },
-        "sae": {"source": str(save_sae(folder / "sae")), "layer": SAE_LAYER},
+        "sae": {
+            "source": str(save_sae(folder / "sae")),
+            "layer": SAE_LAYER,
+            "gate": "warn",  # a random SAE explains nothing
+        },
         "features": {"cache_k": 64, "tokens_k": 8, "examples": 4},
         "train": {"lr": 1e-3, "warmup_steps": 1, "batch_size": 4, "k": 8},
         "evaluation": {"prompts": 2, "max_new_tokens": 6, "bootstrap": 200},

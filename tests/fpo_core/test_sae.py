@@ -118,7 +118,7 @@ def test_the_shipped_saes_quality_is_what_its_readme_says():
     text = SaeTextSettings(path=recipe.data.heldout[0], kind="preference")
     windows = token_windows((text,), load_tokenizer(folder), length=256, max_tokens=2048)
     model = load_model(folder, dtype="float32", attention="sdpa")
-    found = sae_quality(model, load_coder(SHIPPED), recipe.sae.layer, windows)
+    found = sae_quality(model, load_coder(SHIPPED), recipe.sae.hookpoint, windows)
     assert found["explained_variance"] > 0.75
     assert found["loss_recovered"] > 0.93
     assert found["l0"] == pytest.approx(reported["l0"], rel=0.35)
