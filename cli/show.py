@@ -25,7 +25,7 @@ from tasks.plan import Plan
 from tasks.run import human_bytes
 
 _LONG_DIGEST = re.compile(r"[0-9a-f]{20,}")
-SAE_FIGURES = ("FVU", "L0", "L0 declared", "dead", "CE recovered")
+SAE_FIGURES = ("FVU", "L0", "declared", "dead", "CE recovered")
 _ACTION = {"complete": "reuse", "partial": "resume", "missing": "compute"}
 
 

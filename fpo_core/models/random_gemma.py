@@ -157,7 +157,7 @@ def fit_decoder(acts: Tensor, activations: Tensor, ridge: float = RIDGE) -> tupl
     gram = features.T @ features
     gram.diagonal().add_(ridge * acts.double().square().sum(0).mean())
     decoder = torch.linalg.solve(gram, features.T @ wanted)
-    return decoder.float(), (means[1] - means[0] @ decoder).float()
+    return decoder.float().contiguous(), (means[1] - means[0] @ decoder).float()
 
 
 def save_params(folder: Path, arrays: dict[str, np.ndarray]) -> None:

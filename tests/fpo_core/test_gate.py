@@ -12,11 +12,10 @@ import torch
 
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.hooks import hooked_module
-from fpo_core.models.random_gemma import fit_decoder
 from fpo_core.sae import gate
 from fpo_core.sae.coder import SparseCoder, load_coder
 from fpo_core.sae.quality import Fit, Losses, measure_sae
-from tests.tiny import HIDDEN, LAYERS, make_model
+from tests.tiny import D_SAE, HIDDEN, LAYERS, fit_sae, make_model, save_sae
 
 SHIPPED = Path(__file__).parents[2] / "recipes" / "data" / "smollm2-135m-sae"
 MIDDLE = Hookpoint(1)
@@ -51,17 +50,10 @@ def plain_pass(model, row, edit=None, place=MIDDLE):
     return seen[place], out.hidden_states, losses
 
 
-def fitted_sae(activations, seed=0, features=96, active=0.3) -> SparseCoder:
-    """A random encoder with the decoder that fits its features to the activations."""
-    generator = torch.Generator().manual_seed(seed)
-    encoder = torch.randn(activations.shape[1], features, generator=generator)
-    encoder /= encoder.norm(dim=0)
-    pre_acts = activations @ encoder
-    threshold = torch.quantile(pre_acts, 1 - active, dim=0).clamp_min(0)
-    decoder, rest = fit_decoder(pre_acts * (pre_acts > threshold), activations, ridge=0.01)
-    return SparseCoder(
-        encoder, torch.zeros(features), threshold, decoder, rest, centred=False, hook=""
-    )
+def fitted_sae(activations, folder) -> SparseCoder:
+    """An SAE whose decoder fits its features to the activations."""
+    fit_sae(save_sae(folder), activations)
+    return load_coder(folder)
 
 
 class Tiny(NamedTuple):
@@ -78,10 +70,10 @@ def measured(model, coder, place, rows=ROWS, **options) -> Fit:
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def tiny(tmp_path_factory):
     model = make_model()
     read = torch.cat([plain_pass(model, row)[0][1:] for row in ROWS])
-    coder = fitted_sae(read)
+    coder = fitted_sae(read, tmp_path_factory.mktemp("sae"))
     return Tiny(model, coder, measured(model, coder, MIDDLE), gate.other_places(model, MIDDLE))
 
 
@@ -89,7 +81,7 @@ def plain_figures(coder, x) -> tuple[float, float, float]:
     """FVU, L0 and dead fraction by numpy, in float64."""
     values = [t.double().numpy() for t in (x, coder.W_enc, coder.b_enc, coder.W_dec, coder.b_dec)]
     x, w_enc, b_enc, w_dec, b_dec = values
-    acts = x @ w_enc + b_enc
+    acts = (x - b_dec) @ w_enc + b_enc
     acts = np.where(acts > coder.threshold.numpy(), np.maximum(acts, 0), 0)
     unexplained = ((x - acts @ w_dec - b_dec) ** 2).sum()
     fired = acts > 0
@@ -99,17 +91,17 @@ def plain_figures(coder, x) -> tuple[float, float, float]:
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 @pytest.mark.parametrize("place", [MIDDLE, Hookpoint(1, "mlp_out")])
-def test_the_figures_are_those_of_rows_by_themselves(kind, place):
+def test_the_figures_are_those_of_rows_by_themselves(kind, place, tmp_path):
     """Padding, batches and the attention sink change nothing; losses by a plain edited pass."""
     model = make_model(kind)
     rows = ROWS[:6]
     read = torch.cat([plain_pass(model, row, place=place)[0][1:] for row in rows])
-    coder = fitted_sae(read, active=0.1)
+    coder = fitted_sae(read, tmp_path)
     coder.threshold[:3] = 1e9  # never fire
     fit = measured(model, coder, place, rows, tokens_per_batch=90)
     expected = plain_figures(coder, read)
     assert (fit.fvu, fit.l0, fit.dead_fraction) == pytest.approx(expected, rel=1e-4)
-    assert fit.dead_fraction >= 3 / 96
+    assert fit.dead_fraction >= 3 / D_SAE
     assert fit.tokens == sum(len(row) - 1 for row in rows)
 
     def spliced(value):
@@ -286,16 +278,16 @@ def quickstart() -> Fit:
     from fpo_core.recipe import load_recipe
 
     recipe = load_recipe("quickstart")
-    prepare_cpu(None)
+    prepare_cpu(1)
     folder = model_folder(recipe.model.source)
     chat = ChatFormat(load_tokenizer(folder), "model")
-    pairs = itertools.islice(read_pairs(recipe.data.heldout[0], None), 12)
+    pairs = itertools.islice(read_pairs(recipe.data.heldout[0], None), 8)
     rows = chat.ids([chat.full_text(pair.prompt, pair.chosen) for pair in pairs])
     model = load_model(folder, dtype="float32", attention="sdpa")
     place = recipe.sae.hookpoint
     return measure_sae(
         model, load_coder(SHIPPED), place, rows,
-        spliced=4, beside=gate.other_places(model, place), sample=300,
+        spliced=3, beside=gate.other_places(model, place), sample=300,
     )  # fmt: skip
 
 
