@@ -13,6 +13,7 @@ from storage.catalog import list_artifacts
 from storage.location import open_store
 from tasks.gate import gate_sae, gate_stats
 from tasks.run import prepare_run
+from tests.conftest import Result
 from tests.tiny import SAE_LAYER, fit_sae, save_recipe
 
 SIDES = ("chosen", "rejected")
@@ -47,10 +48,10 @@ def silent(recipe):
     file.write_text(said)
 
 
-def check(fpo, recipe, tmp_path, *options):
+def check(fpo, recipe, tmp_path, *options) -> tuple[Result, list[dict]]:
+    """The command's result, and its records where it prints JSON."""
     result = fpo("sae", "check", recipe, "--store", tmp_path / "store", *options)
-    records = json.loads(result.out) if "--json" in options and result.out else None
-    return result, records
+    return result, json.loads(result.out) if "--json" in options else []
 
 
 def test_an_sae_that_fits(fpo, recipe, tmp_path):

@@ -125,6 +125,7 @@ def test_the_shipped_saes_quality_is_what_its_readme_says():
     windows = token_windows((text,), load_tokenizer(folder), length=256, max_tokens=2048)
     model = load_model(folder, dtype="float32", attention="sdpa")
     found = sae_quality(model, load_coder(SHIPPED), recipe.sae.hookpoint, windows)
+    assert found["fvu"] == pytest.approx(1 - reported["explained_variance"], abs=0.1)
     assert found["explained_variance"] > 0.75
     assert found["loss_recovered"] > 0.93
     assert found["l0"] == pytest.approx(reported["l0"], rel=0.35)
@@ -212,6 +213,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path, caplog):
         cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     whole = run("whole")
+    steps: list[int] = []
     deadline = time.monotonic() + 120
     saved = "artifacts/sae/*/checkpoints/step-*/saved.json"
     while killed.poll() is None and time.monotonic() < deadline:
