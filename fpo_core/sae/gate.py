@@ -11,17 +11,21 @@ at the neighbours' ``mlp_out`` and after the final norm. It is refused
 L0 that is off, features that never fire and a low cross-entropy recovered are told, never refused:
 they depend on the text. Measured with the quickstart's SAE, of layer 20 of SmolLM2-135M:
 
-    activations         FVU    best other place  ratio
-    layer 20 resid_post 0.14   0.27 (layer 21)   1.9      fits
-    layer 19 resid_post 0.33   0.14 (layer 20)   0.43     refused
-    layer 21 resid_post 0.27   0.14 (layer 20)   0.52     refused
-    layer 18 resid_post 0.44   0.14 (layer 20)   0.32     refused
-    layer 22 resid_post 0.43   0.14 (layer 20)   0.33     refused
-    final_norm          8.0    0.14 (layer 20)   0.02     refused
-    another basis       10     none below 0.8             refused
-    random weights      119    none below 0.8             refused
+    activations          FVU    best other place  ratio
+    layer 20 resid_post  0.14   0.27 (layer 21)   1.9      fits
+      on code            0.21   0.32 (layer 21)   1.5      fits
+      on shuffled words  0.25   0.34 (layer 21)   1.4      fits
+    layer 19 resid_post  0.33   0.14 (layer 20)   0.43     refused
+    layer 21 resid_post  0.27   0.14 (layer 20)   0.52     refused
+      on code            0.32   0.21 (layer 20)   0.66     refused
+    layer 18 resid_post  0.44   0.14 (layer 20)   0.32     refused
+    layer 22 resid_post  0.43   0.14 (layer 20)   0.33     refused
+    final_norm           8.0    0.14 (layer 20)   0.02     refused
+    another basis        10     2.8               0.28     refused: none below 0.8
+    random weights       119    94                0.79     refused: none below 0.8
 
-1.9 and 0.52 lie on either side of ``MUCH_BETTER``; published SAEs leave 0.1 to 0.5 unexplained.
+``MUCH_BETTER`` lies between 0.66 and 1.4; published SAEs leave 0.1 to 0.5 unexplained. The
+cross-entropy would not tell: at layer 19 this SAE recovers 98 % of it.
 """
 
 import json
@@ -38,11 +42,11 @@ from fpo_core.sae.quality import Fit
 from fpo_core.sae.source import QUALITY_FILE
 
 TOKENS = 2048
-SPLICED = 1024  # of them, that the cross-entropy is measured on
+SPLICED = 512  # of them, that the cross-entropy is measured on
 SAMPLE = 512
 ROW = 512  # most tokens of one text: a few long ones are no sample
 MOST_FVU = 0.8
-MUCH_BETTER = 0.75
+MUCH_BETTER = 0.8
 L0_FACTOR = 2.0  # L0 that is more than this many times off what is declared
 LOW_RECOVERED = 0.5
 
@@ -184,7 +188,7 @@ def _warnings(fit: Fit, declared: Declared) -> Iterable[str]:
         yield f"FVU is {fit.fvu:.2f}, it declares {declared.fvu:.2f}"
     recovered = fit.losses.recovered
     if recovered is not None and recovered < LOW_RECOVERED:
-        yield f"only {100 * recovered:.0f} % of the cross-entropy is recovered"
+        yield f"{100 * recovered:.0f} % of the cross-entropy is recovered, no more"
 
 
 def describe_fit(fit: Fit, hookpoint: Hookpoint) -> str:

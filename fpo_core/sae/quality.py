@@ -133,7 +133,7 @@ def measure_sae(
 
 def sae_quality(
     model: Any, coder: SparseCoder, hookpoint: Hookpoint, windows: Tensor
-) -> dict[str, float | int | None]:
+) -> dict[str, Any]:
     """What ``quality.json`` says of an SAE.
 
     Args:

@@ -210,8 +210,8 @@ def fit_of(asked=0.2, best=0.4, l0=10.0, losses=(2.0, 2.1, 8.0)) -> Fit:
     [
         (0.2, 0.4, True),
         (0.79, 0.7, True),  # bad and yet best here, or nearly so
-        (0.4, 0.31, True),
-        (0.4, 0.29, False),
+        (0.4, 0.33, True),
+        (0.4, 0.31, False),
         (0.81, 3.0, False),
         (0.81, 0.79, False),
         (0.9, 0.85, False),
@@ -241,7 +241,7 @@ def test_what_is_unusual_is_told_and_never_refused():
     assert warnings(fit_of(asked=0.3), fvu=0.16) == ()
     assert warnings(fit_of(asked=0.3), fvu=0.14) == ("FVU is 0.30, it declares 0.14",)
     assert warnings(fit_of(losses=(2.0, 6.0, 8.0))) == (
-        "only 33 % of the cross-entropy is recovered",
+        "33 % of the cross-entropy is recovered, no more",
     )
     assert warnings(fit_of(losses=(2.0, 6.0, 2.001))) == ()  # ablation costs nothing: no share
 
@@ -266,7 +266,7 @@ def test_rows_are_the_first_ones_and_none_is_long():
     every = itertools.repeat(list(range(2000)))
     assert [len(row) for row in gate.sample_rows(every, 1100)] == [512, 512, 512]
     assert gate.sample_rows([[1, 2], [3, 4]], 1000) == [[1, 2], [3, 4]]
-    assert gate.spliced_rows([list(range(400))] * 9) == 3
+    assert gate.spliced_rows([list(range(300))] * 9) == 2
 
 
 @pytest.fixture(scope="module")
