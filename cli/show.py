@@ -20,10 +20,12 @@ from storage.gc import Garbage
 from storage.lineage import Node
 from storage.store import Store
 from storage.verify import Verdict
+from tasks.check import SaeCheck
 from tasks.plan import Plan
 from tasks.run import human_bytes
 
 _LONG_DIGEST = re.compile(r"[0-9a-f]{20,}")
+SAE_FIGURES = ("FVU", "L0", "declared", "dead", "CE recovered")
 _ACTION = {"complete": "reuse", "partial": "resume", "missing": "compute"}
 
 
@@ -50,7 +52,7 @@ def new_table(*columns: str) -> Table:
     """An empty table; columns of numbers are right-aligned."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     for column in columns:
-        right = column in ("rows", "tokens", "size", "FLOPs", "age")
+        right = column in ("rows", "tokens", "size", "FLOPs", "age", *SAE_FIGURES)
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table
 
@@ -216,3 +218,26 @@ def _age(created: str | None) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
+
+
+def print_sae_checks(checks: Sequence[SaeCheck]) -> None:
+    """The gate's figures of each SAE, and why one is not in its place."""
+    console = _console()
+    table = new_table("place", *SAE_FIGURES, "verdict")
+    for check in checks:
+        told = check.record
+        shares = (told["dead_fraction"], told["ce_recovered"])
+        table.add_row(
+            told["place"], _figure(told["fvu"], ".3f"), _figure(told["l0"], ".1f"),
+            _figure(told["declared"]["l0"], ".1f"), *(_figure(share, ".1%") for share in shares),
+            check.verdict,
+        )  # fmt: skip
+    console.print(table)
+    for check in checks:
+        for line in (check.record["cause"], *check.record["warnings"]):
+            if line:
+                console.print(f"{check.record['place']}: {line}", highlight=False, markup=False)
+
+
+def _figure(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)

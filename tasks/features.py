@@ -10,6 +10,7 @@ from storage.schemas import FEATURES_STATS
 from storage.writer import ArtifactWriter
 from tasks.announce import announce
 from tasks.arrow import to_table
+from tasks.gate import gate_stats
 from tasks.offline import score_shards
 from tasks.run import Outcome, PipelineRun, Work
 
@@ -32,7 +33,9 @@ def _extract(
 ) -> Work:  # fmt: skip
     with run.writers_beside(beside) as others:
         tokens = score_shards(run, {stage: writer, **others})
-    return Work(merge_statistics(writer, run.recipe.features.examples), tokens)
+    return Work(
+        {**merge_statistics(writer, run.recipe.features.examples), **gate_stats(writer)}, tokens
+    )
 
 
 def merge_statistics(writer: ArtifactWriter, examples: int) -> dict[str, object]:

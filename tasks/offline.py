@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
+from fpo_core.memory import release_gpu_memory
 from fpo_core.models.load import inference_device, load_model, prepare_cpu
 from fpo_core.progress import Progress, not_shown
 from fpo_core.recipe import Recipe
@@ -29,6 +30,7 @@ from storage.schemas import (
 from storage.writer import ArtifactWriter
 from tasks.arrow import to_table
 from tasks.fanout import ShardDone, Todo, fan_out
+from tasks.gate import gate_sae, is_gated
 from tasks.plan import Plan, features_stages
 from tasks.run import PipelineRun, recipe_store
 
@@ -63,7 +65,7 @@ class OfflineWorker:
         from fpo_core.models.budget import token_budget
         from fpo_core.offline import WantedFeatures
 
-        self._writers, recipe = writers, run.recipe
+        self._run, self._writers, recipe = run, writers, run.recipe
         self._pairs = run.artifact("tokenize")
         prepare_cpu(recipe.resources.threads)
         self._model = load_model(
@@ -85,6 +87,19 @@ class OfflineWorker:
         self._budget = token_budget(
             self._model, recipe.resources.inference.tokens_per_batch, 2 * recipe.data.max_length
         )
+
+    def gate(self) -> None:
+        """Measure the SAEs where they are to read, before they read.
+
+        Raises:
+            FPOError: one is not in its place.
+        """
+        for number, stage in enumerate(features_stages(self._run.recipe)):
+            if stage in self._saes:
+                coder, place = self._saes[stage].coder, sae_path(self._run, number)
+                gate_sae(self._run, self._writers[stage], self._model, coder, number, place)
+                only_encodes = coder._replace(W_dec=None)
+                self._saes[stage] = self._saes[stage]._replace(coder=only_encodes)
 
     def compute(self, todo: Todo, on_tokens: Callable[[int], None] = not_shown) -> ComputedShard:
         """The missing tables of a shard.
@@ -197,8 +212,15 @@ def _computed(
     """The shards as they are finished, in this process or on Ray."""
     settings = run.recipe.resources.inference
     if settings.runner == "local":
-        yield from _in_process(OfflineWorker(run, writers), todo, progress.advance)
+        worker = OfflineWorker(run, writers)
+        worker.gate()
+        yield from _in_process(worker, todo, progress.advance)
         return
+    if not all(
+        is_gated(writers[stage]) for stage in features_stages(run.recipe) if stage in writers
+    ):
+        OfflineWorker(run, writers).gate()  # here, once: not by every worker
+        release_gpu_memory()
     job = OfflineJob.of(run, writers)
     for done in fan_out(job, todo, settings):
         progress.advance(done.tokens)

@@ -144,6 +144,52 @@ def test_the_features_l0_is_what_the_saes_folder_says(made):
     assert tokens["nonzero"].mean() == pytest.approx(random_gemma.L0, rel=0.3)
 
 
+def fvu(params, activations) -> float:
+    """Of an SAE of Gemma Scope's format, as the paper writes it."""
+    acts = np.maximum(activations @ params["W_enc"] + params["b_enc"], 0)
+    acts *= activations @ params["W_enc"] + params["b_enc"] > params["threshold"]
+    unexplained = ((activations - acts @ params["W_dec"] - params["b_dec"]) ** 2).sum()
+    return unexplained / ((activations - activations.mean(0)) ** 2).sum()
+
+
+def test_both_saes_explain_the_model_and_pass_the_gate(made, fpo):
+    """Without any switch; the MLP's through its own features stage."""
+    source = f"./gemma2-tiny/{random_gemma.MLP_SAE_PLACE}"
+    also = f"sae.also=[{{source: {source}, layer: {random_gemma.SAE_LAYER}, site: mlp_out}}]"
+    stage = f"features@{random_gemma.SAE_LAYER}-mlp_out"
+    result = fpo("run", "gemma2-tiny", *FEW, "--set", also, "--only", stage)
+    assert result.code == 0, result.err
+    store = open_store(made.folder / "fpo-store")
+    gates = {
+        gate["place"]: gate
+        for info in list_artifacts(store)
+        if info.stage == "features"
+        for gate in [store.artifact("features", info.version).manifest["stats"]["gate"]]
+    }
+    model = AutoModelForCausalLM.from_pretrained(
+        made.artifacts["sft"].folder("model"), dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    seen: dict[str, list] = {}
+    block = model.model.layers[random_gemma.SAE_LAYER]
+    modules = {"resid_post": block, "mlp_out": block.post_feedforward_layernorm}
+    for site, module in modules.items():
+        values = seen.setdefault(site, [])
+        module.register_forward_hook(lambda _m, _i, out, values=values: values.append(out[0, 1:]))
+    pairs = made.artifacts["pairs"].scan().collect().to_dicts()
+    for pair in pairs[: gates["layer 2 mlp_out"]["tokens"] // 60]:
+        with torch.no_grad():
+            model(torch.tensor([pair["prompt_ids"] + pair["chosen_ids"]]))
+    for place, hookpoint in random_gemma.SAE_HOOKS.items():
+        with np.load(made.folder / "gemma2-tiny" / place / "params.npz") as sae:
+            mine = fvu(dict(sae), torch.cat(seen[hookpoint.site]).float().numpy())
+        gate = gates[str(hookpoint)]
+        assert gate["fvu"] == pytest.approx(mine, rel=0.15), place
+        assert gate["fvu"] < 0.4
+        assert gate["fits"]
+        assert gate["declared"]["l0"] == random_gemma.L0
+        assert gate["l0"] == pytest.approx(random_gemma.L0, rel=0.2)
+
+
 def test_the_evaluation_has_its_metrics_and_answers(made):
     evaluation = made.artifacts["evaluation"]
     metrics = {m["key"]: m for m in json.loads(evaluation.path("metrics.json").read_text())}
@@ -177,11 +223,11 @@ def test_a_large_vocabulary_and_another_seed(tmp_path, fpo):
     ):  # fmt: skip
         assert fpo("make-tiny-gemma", tmp_path / name, *options).code == 0
     weights = "model/model.safetensors"
-    sae = f"{random_gemma.SAE_PLACE}/params.npz"
+    saes = [f"{place}/params.npz" for place in random_gemma.SAE_HOOKS]
     first = tmp_path / "a"
     for file in sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file()):
         assert (first / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
-    for file in (weights, sae):
+    for file in (weights, *saes):
         assert (first / file).read_bytes() != (tmp_path / "seed" / file).read_bytes()
     assert json.loads((tmp_path / "large/model/config.json").read_text())["vocab_size"] == 256_000
     assert (tmp_path / "large" / weights).stat().st_size > 256_000 * 64 * 4

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma2Config,
@@ -14,6 +14,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from fpo_core.models.random_gemma import fit_decoder
 
 HIDDEN, LAYERS, D_SAE, SAE_LAYER = 32, 3, 96, 1
 
@@ -98,6 +100,18 @@ def save_sae(folder: Path, d_in: int = HIDDEN, layer: int = SAE_LAYER, **config:
     return folder
 
 
+def fit_sae(folder: Path, activations: torch.Tensor) -> None:
+    """Give a random SAE of ``save_sae`` an encoder and decoder that explain such activations."""
+    file = folder / "sae_weights.safetensors"
+    weights = load_file(file)
+    encoder = weights["W_enc"] / weights["W_enc"].norm(dim=0)
+    pre_acts = activations @ encoder
+    threshold = torch.quantile(pre_acts, 0.7, dim=0).clamp_min(0)
+    decoder, rest = fit_decoder(pre_acts * (pre_acts > threshold), activations, ridge=0.01)
+    fitted = {"W_enc": encoder, "b_enc": rest @ encoder, "threshold": threshold}
+    save_file({**fitted, "W_dec": decoder, "b_dec": rest}, file)
+
+
 def save_pairs(path: Path, count: int, start: int = 0) -> Path:
     """Write distinct preference pairs of varied length."""
     rows = [
@@ -124,7 +138,11 @@ def save_recipe(folder: Path, **sections: dict) -> Path:
             "max_length": 200,
             "shard_pairs": 5,
         },
-        "sae": {"source": str(save_sae(folder / "sae")), "layer": SAE_LAYER},
+        "sae": {
+            "source": str(save_sae(folder / "sae")),
+            "layer": SAE_LAYER,
+            "gate": "warn",  # a random SAE explains nothing
+        },
         "features": {"cache_k": 64, "tokens_k": 8, "examples": 4},
         "train": {"lr": 1e-3, "warmup_steps": 1, "batch_size": 4, "k": 8},
         "evaluation": {"prompts": 2, "max_new_tokens": 6, "bootstrap": 200},

@@ -1,8 +1,9 @@
-"""A tiny Gemma-2 with random weights, its tokenizer and an SAE, for the recipe ``gemma2-tiny``.
+"""A tiny Gemma-2 with random weights, its tokenizer and SAEs, for the recipe ``gemma2-tiny``.
 
 Everything is of the real kind and in the real file formats, so that a run takes the way of
 ``gemma2b`` without its files: soft-capping, sliding windows, tied embeddings, Gemma's tokenizer
-class, Gemma Scope's ``params.npz``. The weights are noise: what a run learns says nothing.
+class, Gemma Scope's ``params.npz``. The weights are noise: what a run learns says nothing. But for
+the SAEs' decoders, which are fitted: an SAE that explains nothing is refused, here too.
 """
 
 import itertools
@@ -18,21 +19,30 @@ from torch import Tensor
 
 from fpo_core.data.tokenize import ChatFormat
 from fpo_core.errors import FPOError
-from fpo_core.models.hooks import resid_post
+from fpo_core.hookpoint import Hookpoint
+from fpo_core.models.hooks import activations_at
 from fpo_core.recipe.load import SHIPPED
+from fpo_core.sae.collect import SKIP_POSITIONS
 from fpo_core.sae.gemma_scope import PARAMS_FILE
 
 TEXT = SHIPPED / "data" / "quickstart" / "train.jsonl"
 TOKENS = 2048  # the tokenizer's; a vocabulary may be larger, as embeddings often are
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")  # Gemma's, with Gemma's ids 0 to 4
 HIDDEN, LAYERS = 64, 4
-WINDOW = 64  # tokens of the rows that the SAE's thresholds are set on
+WINDOW = 64  # tokens of the rows that the SAEs are fitted to
 SAE_LAYER, D_SAE, L0 = 2, 1024, 20
-SAE_PLACE = f"gemma-scope-tiny-pt-res/layer_{SAE_LAYER}/width_1k/average_l0_{L0}"
+RIDGE = 0.1  # of the decoder, times the features' mean square
+_IN_RELEASE = f"layer_{SAE_LAYER}/width_1k/average_l0_{L0}"
+SAE_PLACE = f"gemma-scope-tiny-pt-res/{_IN_RELEASE}"
+MLP_SAE_PLACE = f"gemma-scope-tiny-pt-mlp/{_IN_RELEASE}"
+SAE_HOOKS = {
+    SAE_PLACE: Hookpoint(SAE_LAYER),
+    MLP_SAE_PLACE: Hookpoint(SAE_LAYER, "mlp_out"),
+}
 
 
 def make_tiny_gemma(folder: Path, vocabulary: int = TOKENS, seed: int = 0) -> None:
-    """Make ``model/`` and the SAE's folder; ``folder`` appears whole or not at all.
+    """Make ``model/`` and the SAEs' folders; ``folder`` appears whole or not at all.
 
     Args:
         folder: is made; it may be there when it is empty.
@@ -54,7 +64,11 @@ def make_tiny_gemma(folder: Path, vocabulary: int = TOKENS, seed: int = 0) -> No
         model = random_model(vocabulary, seed)
         model.save_pretrained(scratch / "model")
         tokenizer.save_pretrained(scratch / "model")
-        save_params(scratch / SAE_PLACE, random_sae(_activations(model, tokenizer), seed))
+        rows = _rows(tokenizer)
+        for place, hookpoint in SAE_HOOKS.items():
+            # Measured, as always, without each row's first position.
+            read = activations_at(model, hookpoint, rows)[:, SKIP_POSITIONS:]
+            save_params(scratch / place, random_sae(read.flatten(0, 1), seed))
         scratch.chmod(0o755)
         scratch.rename(folder)
     finally:
@@ -104,6 +118,8 @@ def train_tokenizer() -> Any:
 def random_sae(activations: Tensor, seed: int) -> dict[str, np.ndarray]:
     """A random JumpReLU SAE of which ``L0`` features a token fire on such activations.
 
+    Its encoder is random, its decoder what explains these activations best from its features.
+
     Args:
         activations: [N, d_in] of the model it is for.
         seed: of its directions.
@@ -116,12 +132,32 @@ def random_sae(activations: Tensor, seed: int) -> dict[str, np.ndarray]:
     encoder = directions / directions.norm(dim=0)
     mean = activations.mean(0)
     bias = -mean @ encoder  # b_dec is not subtracted from the input: its share is in b_enc
-    threshold = torch.quantile(activations @ encoder + bias, 1 - L0 / D_SAE, dim=0)
+    pre_acts = activations @ encoder + bias
+    threshold = torch.quantile(pre_acts, 1 - L0 / D_SAE, dim=0).clamp_min(0.0)
+    decoder, rest = fit_decoder(pre_acts * (pre_acts > threshold), activations)
     arrays = {
-        "W_enc": encoder, "b_enc": bias, "threshold": threshold.clamp_min(0.0),
-        "W_dec": encoder.T.contiguous(), "b_dec": mean,
+        "W_enc": encoder, "b_enc": bias, "threshold": threshold, "W_dec": decoder, "b_dec": rest,
     }  # fmt: skip
     return {name: array.numpy() for name, array in arrays.items()}
+
+
+def fit_decoder(acts: Tensor, activations: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """The decoder of an SAE's own features, by ridge regression.
+
+    Args:
+        acts: [N, F] features, none negative.
+        activations: [N, d_in] that they are of.
+        ridge: penalty, in mean squares of the features.
+
+    Returns:
+        W_dec [F, d_in] and b_dec [d_in], the intercept.
+    """
+    means = acts.double().mean(0), activations.double().mean(0)
+    features, wanted = acts.double() - means[0], activations.double() - means[1]
+    gram = features.T @ features
+    gram.diagonal().add_(ridge * acts.double().square().sum(0).mean())
+    decoder = torch.linalg.solve(gram, features.T @ wanted)
+    return decoder.float().contiguous(), (means[1] - means[0] @ decoder).float()
 
 
 def save_params(folder: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -130,14 +166,11 @@ def save_params(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     np.savez(folder / PARAMS_FILE, allow_pickle=False, **arrays)  # pyright: ignore[reportArgumentType]
 
 
-def _activations(model: Any, tokenizer: Any) -> Tensor:
-    """The residual stream [N, d_model] where the SAE reads, in answers of the quickstart's."""
+def _rows(tokenizer: Any) -> Tensor:
+    """Answers of the quickstart's, as token ids [rows, WINDOW]."""
     chat = ChatFormat(tokenizer, "halos")
     texts = [chat.full_text(({"role": "user", "content": p},), c) for p, c, _ in _pairs()]
-    rows = [ids[:WINDOW] for ids in chat.ids(texts) if len(ids) >= WINDOW]
-    # A prompt has some 30 tokens: the second half of a row is of the answer.
-    read = resid_post(model, SAE_LAYER, torch.tensor(rows))[:, WINDOW // 2 :]
-    return read.flatten(0, 1)
+    return torch.tensor([ids[:WINDOW] for ids in chat.ids(texts) if len(ids) >= WINDOW])
 
 
 def _pairs() -> list[tuple[str, str, str]]:

@@ -58,7 +58,10 @@ class SaeTextSettings(Settings):
 
 
 class SaeTrainSettings(Settings):
-    """How to train an SAE where none is published (batch-top-k, saved as JumpReLU)."""
+    """How to train an SAE where none is published (batch-top-k, saved as JumpReLU).
+
+    At ``sae.layer`` and ``sae.site``; it saves itself every ``resources.checkpoint_minutes``.
+    """
 
     text: tuple[SaeTextSettings, ...] = Field(description="training text")
     context_length: Count = Field(default=256, description="tokens a training window")
@@ -110,6 +113,11 @@ class SaeSettings(Settings):
         "stream; `final_norm` is the last hidden state after the final norm, which the authors' "
         "code encodes and no such SAE was trained on",
     )
+    gate: Literal["refuse", "warn"] = Field(
+        default="refuse",
+        description="what becomes of an SAE whose figures say that it is not in its place: the "
+        "stage stops, or goes on with a warning; at `final_norm` it always goes on",
+    )
     also: tuple[AttachedSaeSettings, ...] = Field(
         default=(),
         description="SAEs at further layers, whose discrepancies are added to the first one's; "
@@ -125,8 +133,8 @@ class SaeSettings(Settings):
     def _one_origin(self) -> "SaeSettings":
         if (self.source is None) == (self.train is None):
             raise ValueError("give exactly one of sae.source and sae.train")
-        if self.train is not None and self.site != "resid_post":
-            raise ValueError("sae.train trains on resid_post; sae.site is for a stored SAE")
+        if self.train is not None and self.site == "final_norm":
+            raise ValueError("sae.train trains at resid_post or mlp_out; nothing is at final_norm")
         places = [self.hookpoint, *(other.hookpoint for other in self.also)]
         # After the final norm there is one place, whatever layer the SAE is of.
         distinct = {p.site if p.site == "final_norm" else p for p in places}

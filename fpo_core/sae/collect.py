@@ -13,23 +13,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fpo_core.models.hooks import resid_post
+from fpo_core.hookpoint import Hookpoint
+from fpo_core.models.hooks import activations_at
 from fpo_core.progress import Progress
 
 # The first position of a Llama-like model carries an attention sink whose norm is hundreds of
 # times the others'; responses never begin there, so the SAE is not trained on it.
 SKIP_POSITIONS = 1
+# Elsewhere a token whose norm is this many times the median is an attention sink.
+SINK_FACTOR = 10.0
+
+
+def no_sinks(x: Tensor) -> Tensor:
+    """Activations [N, d] without those whose norm is an attention sink's."""
+    norms = x.float().norm(dim=1)
+    return x[norms <= SINK_FACTOR * norms.median()]
 
 
 def collect_activations(
-    model: Any, windows: Tensor, layer: int, folder: Path, *, windows_per_batch: int = 4
+    model: Any, windows: Tensor, hookpoint: Hookpoint, folder: Path, *, windows_per_batch: int = 4
 ) -> np.memmap:
-    """Residual-stream activations after block ``layer`` on token windows.
+    """Activations at a place of the model on token windows.
 
     Args:
         model: causal LM in evaluation mode.
         windows: token ids [windows, length].
-        layer: decoder block, from 0.
+        hookpoint: where.
         folder: where the memory map and its progress mark live.
         windows_per_batch: windows a forward pass.
 
@@ -37,7 +46,7 @@ def collect_activations(
         float16 activations [windows * (length - 1), d_model], in the order of the windows.
     """
     count, length = windows.shape
-    rows, d_model = length - SKIP_POSITIONS, model.config.hidden_size
+    rows, d_model = length - SKIP_POSITIONS, model.get_decoder().config.hidden_size
     folder.mkdir(parents=True, exist_ok=True)
     data, mark = folder / "activations.f16", folder / "progress.json"
     shape = (count * rows, d_model)
@@ -49,7 +58,9 @@ def collect_activations(
     ) as progress:
         for start in range(done, count, windows_per_batch):
             batch = windows[start : start + windows_per_batch].to(model.device)
-            values = resid_post(model, layer, batch)[:, SKIP_POSITIONS:].reshape(-1, d_model)
+            values = activations_at(model, hookpoint, batch)[:, SKIP_POSITIONS:].reshape(
+                -1, d_model
+            )
             stop = start + len(batch)
             activations[start * rows : stop * rows] = values.to(torch.float16).cpu().numpy()
             if stop // windows_per_batch % 50 == 0:

@@ -29,7 +29,9 @@ class Health(NamedTuple):
 
 
 @torch.no_grad()
-def health_sums(coder: SparseCoder, x: Tensor, pair: Tensor, pairs: int) -> Tensor:
+def health_sums(
+    coder: SparseCoder, x: Tensor, pair: Tensor, pairs: int, fired: Tensor | None = None
+) -> Tensor:
     """Sums over each pair's tokens: count, active features, squared error, squares, activations.
 
     Args:
@@ -37,6 +39,7 @@ def health_sums(coder: SparseCoder, x: Tensor, pair: Tensor, pairs: int) -> Tens
         x: activations [N, d].
         pair: [N] which pair each token belongs to.
         pairs: P.
+        fired: [F] bool, set where a feature is active on any of the tokens.
 
     Returns:
         [P, 4 + d] float64.
@@ -44,6 +47,8 @@ def health_sums(coder: SparseCoder, x: Tensor, pair: Tensor, pairs: int) -> Tens
     sums = torch.zeros(pairs, _COUNTS + coder.d_in, dtype=torch.float64, device=x.device)
     for part in coder.chunks(len(x)):
         acts, exact = coder.encode(x[part]), x[part].double()
+        if fired is not None:
+            fired |= (acts > 0).any(0)
         error = exact - coder.decode(acts, x[part]).double()
         counts = (
             torch.ones_like(exact[:, 0]), (acts > 0).sum(1).double(), error.square().sum(1),

@@ -11,6 +11,8 @@ from fpo_core.models.source import ModelIdentity, cache_folder, file_digest
 from fpo_core.sae import sparsify
 from fpo_core.sae.formats import CONFIG_FILE, WEIGHTS_FILE, find_files, read_config
 
+QUALITY_FILE = "quality.json"  # what was measured of an SAE that was trained here
+
 
 def is_release(source: str) -> bool:
     """Whether the source is written ``release:sae_id`` (an entry of sae-lens' directory)."""

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from fpo_core.progress import Progress
 from fpo_core.recipe.schema import SaeTrainSettings
+from fpo_core.sae.collect import SINK_FACTOR
+from fpo_core.sae.train_state import Saver, load_training
 
 log = logging.getLogger("fpo.sae")
-
-# A token whose norm is this many times the median is an attention sink.
-SINK_FACTOR = 10.0
 
 
 class ActivationOrder:
@@ -82,7 +81,13 @@ def measure_norms(activations: np.memmap, *, chunk: int = 65_536) -> Norms:
 
 
 def train_sae(
-    activations: np.memmap, settings: SaeTrainSettings, metadata: dict[str, Any], folder: Path
+    activations: np.memmap,
+    settings: SaeTrainSettings,
+    metadata: dict[str, Any],
+    folder: Path,
+    *,
+    device: str = "cpu",
+    saver: Saver | None = None,
 ) -> None:
     """Train and save an SAE in sae-lens' disk format, in half precision.
 
@@ -91,19 +96,50 @@ def train_sae(
         settings: the recipe's ``sae.train``.
         metadata: what the SAE should declare (model, hook, BOS handling, context size).
         folder: receives ``cfg.json`` and ``sae_weights.safetensors``.
+        device: torch device to train on.
+        saver: keeps unfinished training, and has what an earlier attempt kept.
     """
+    torch.manual_seed(settings.seed)
+    norms = measure_norms(activations)
+    order = ActivationOrder(
+        activations, norms.rows, settings.batch_tokens, settings.seed, norms.scale
+    )
+    trainer = _trainer(order, settings, metadata, device)
+    begun = saver.newest() if saver else None
+    if begun:
+        load_training(trainer, begun)
+        log.info("SAE training goes on after step %d", trainer.n_training_steps)
+    order.step = trainer.n_training_steps
+    with Progress(
+        "SAE training", total=settings.steps, unit="step", done=order.step
+    ) as progress:  # fmt: skip
+        while trainer.n_training_steps < settings.steps:
+            trainer.maybe_reset_sparsity()
+            out = trainer.step(next(order))
+            trainer.n_training_steps += 1
+            progress.advance(1, note=_note(trainer, out))
+            if saver and saver.due() and trainer.n_training_steps < settings.steps:
+                saver.save(trainer)
+    trainer.set_final_sae_metadata()
+    # The SAE learned on scaled activations: folding the scale makes it read the model's own.
+    trainer.sae.fold_activation_norm_scaling_factor(norms.scale)
+    save_half(trainer.sae, folder)
+
+
+def _trainer(
+    order: ActivationOrder, settings: SaeTrainSettings, metadata: dict[str, Any], device: str
+) -> Any:
+    """sae-lens' trainer before its first step; ``b_dec`` is the mean of the first batch."""
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    torch.manual_seed(settings.seed)
-    norms = measure_norms(activations)
     sae = BatchTopKTrainingSAE(
         BatchTopKTrainingSAEConfig(
-            d_in=activations.shape[1],
+            d_in=order.activations.shape[1],
             d_sae=settings.d_sae,
             k=settings.k,
-            device="cpu",
+            device=device,
             dtype="float32",
             apply_b_dec_to_input=True,
             normalize_activations="none",
@@ -111,13 +147,9 @@ def train_sae(
     )
     for key, value in metadata.items():
         sae.cfg.metadata[key] = value
-    order = ActivationOrder(
-        activations, norms.rows, settings.batch_tokens, settings.seed, norms.scale
-    )
     with torch.no_grad():
         sae.b_dec.copy_(next(order).mean(0))
-    order.step = 0
-    trainer = SAETrainer(
+    return SAETrainer(
         SAETrainerConfig(
             total_training_samples=settings.steps * settings.batch_tokens,
             train_batch_size_samples=settings.batch_tokens,
@@ -125,7 +157,7 @@ def train_sae(
             lr_end=0.0,
             lr_warm_up_steps=settings.warmup_steps,
             lr_decay_steps=settings.steps // 5,
-            device="cpu",
+            device=device,
             dead_feature_window=200,
             feature_sampling_window=500,
             logger=LoggingConfig(log_to_wandb=False),
@@ -133,16 +165,6 @@ def train_sae(
         sae,
         order,
     )
-    with Progress("SAE training", total=settings.steps, unit="step") as progress:
-        for _ in range(settings.steps):
-            trainer.maybe_reset_sparsity()
-            out = trainer.step(next(order))
-            trainer.n_training_steps += 1
-            progress.advance(1, note=_note(trainer, out))
-    trainer.set_final_sae_metadata()
-    # The SAE learned on scaled activations: folding the scale makes it read the model's own.
-    sae.fold_activation_norm_scaling_factor(norms.scale)
-    save_half(sae, folder)
 
 
 def _note(trainer: Any, out: Any) -> str:
@@ -160,4 +182,5 @@ def save_half(sae: Any, folder: Path) -> None:
     save_file(state, weights)
     written = json.loads(Path(config).read_text())
     written["dtype"] = "float16"
+    written["device"] = "cpu"  # where it was trained is no property of it
     Path(config).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")

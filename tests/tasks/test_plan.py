@@ -63,7 +63,8 @@ def test_feature_settings_leave_the_reference_alone(recipe, store, override):
     "override",
     ["resources.threads=2", "resources.tokens_per_batch=64", "resources.ranks=2", "name=other",
      "description=words", "train.alpha=0.5", "train.beta=0.1", "monitor.heldout_steps=0",
-     "monitor.heldout_pairs=3", "monitor.tensorboard=false", "monitor.wandb=mine"],
+     "monitor.heldout_pairs=3", "monitor.tensorboard=false", "monitor.wandb=mine",
+     "sae.gate=refuse"],
 )  # fmt: skip
 def test_speed_names_and_written_out_defaults_change_nothing(recipe, store, override):
     assert changed(recipe, store, override) == set()
