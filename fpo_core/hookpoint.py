@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-Site = Literal["resid_post", "final_norm"]
+Site = Literal["resid_post", "mlp_out", "final_norm"]
 
 
 class Hookpoint(NamedTuple):

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from fpo_core.data.batches import PairBatch, PairIds, by_length, collate, that_fit
+from fpo_core.data.prompt_rows import rows_of
 from fpo_core.features.tables import Columns, FeatureColumns, FeatureTables, ScoredTokens
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.budget import TokenBudget, is_out_of_memory
-from fpo_core.models.forward import forward_pairs, scored_activations
+from fpo_core.models.forward import forward_pairs, prompt_cost, scored_activations
 from fpo_core.progress import not_shown
 from fpo_core.recipe.schema import FeatureSettings
 from fpo_core.sae.coder import ActiveFeatures, SparseCoder
@@ -65,42 +66,45 @@ def score_shard(
     Raises:
         FPOError: a pair is longer than the budget, or memory is short of half of it too.
     """
-    lengths = [pair.length for pair in pairs]
     budget.check(pairs)
-    logps = np.zeros((len(pairs), 2))
+    rows = rows_of(pairs, prompt_cost(model))
+    lengths = [row.ids.length for row in rows]
+    logps = np.zeros(2 * len(pairs))
     tables = [FeatureTables(pairs, s.coder.d_sae, s.settings, s.pinned) for s in saes]
     todo, done = by_length(lengths), 0
     with _Gatherer(tables) as gatherer:
         while todo:
-            rows = that_fit(todo, lengths, budget.tokens)
+            taken = that_fit(todo, lengths, budget.tokens)
             try:
-                batch = collate([pairs[row] for row in rows], device=str(model.device))
+                batch = collate([rows[row].ids for row in taken], device=str(model.device))
                 scores, active = _pass(model, batch, saes, want_reference)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 budget.halve(error)
                 continue
+            responses = np.concatenate([rows[row].responses for row in taken])
+            counts = batch.lengths.cpu().numpy()
+            there = counts > 0  # a row of one response has no second
             if want_reference:
-                logps[rows] = scores
-            responses = np.array([2 * row + side for row in rows for side in (0, 1)])
-            tokens = (batch.lengths, batch.targets)
-            gatherer.add(ScoredTokens(responses, *(part.cpu().numpy() for part in tokens)), active)
-            todo, done = todo[len(rows) :], done + batch.num_tokens
+                logps[responses] = scores[there]
+            tokens = ScoredTokens(responses, counts[there], batch.targets.cpu().numpy())
+            gatherer.add(tokens, active)
+            todo, done = todo[len(taken) :], done + batch.num_tokens
             on_tokens(batch.num_tokens)
-    reference = _reference_columns(pairs, logps) if want_reference else None
+    reference = _reference_columns(pairs, logps.reshape(-1, 2)) if want_reference else None
     return ShardScores(reference, tuple(table.columns() for table in tables), done)
 
 
 def _pass(
     model: Any, batch: PairBatch, saes: Sequence[WantedFeatures], want_reference: bool
-) -> tuple[np.ndarray | None, list[ActiveFeatures]]:
-    """Log-probs [B, 2] where they are wanted, and what fires in each SAE."""
+) -> tuple[np.ndarray, list[ActiveFeatures]]:
+    """Log-probs [R] where they are wanted, and what fires in each SAE."""
     hookpoints = [sae.hookpoint for sae in saes]
-    logps = None
+    logps = np.empty(0)
     if want_reference:
         out = forward_pairs(model, batch, hookpoints)
-        logps, activations = out.logps.reshape(-1, 2).cpu().numpy(), out.activations
+        logps, activations = out.logps.cpu().numpy(), out.activations
     else:
         activations = scored_activations(model, batch, hookpoints)
     return logps, [sae.coder.active(x) for sae, x in zip(saes, activations, strict=True)]

@@ -32,10 +32,10 @@ def _extract(
 ) -> Work:  # fmt: skip
     with run.writers_beside(beside) as others:
         tokens = score_shards(run, {stage: writer, **others})
-    return Work(_merge(writer, run.recipe.features.examples), tokens)
+    return Work(merge_statistics(writer, run.recipe.features.examples), tokens)
 
 
-def _merge(writer: ArtifactWriter, examples: int) -> dict[str, object]:
+def merge_statistics(writer: ArtifactWriter, examples: int) -> dict[str, object]:
     """Write the statistics of all shards, and say what they come to."""
     from fpo_core.features.stats import StatsMerge
 

@@ -264,12 +264,12 @@ def attached_coder(run: PipelineRun, model: Any, sae: int = 0) -> "SparseCoder":
     Raises:
         FPOError: when it does not fit the model.
     """
-    from fpo_core.models.hooks import hooked_module
-    from fpo_core.sae.coder import check_fits, load_coder
+    from fpo_core.models.load import load_tokenizer
+    from fpo_core.sae.coder import check_bos, check_fits, load_coder
 
-    hookpoint = run.recipe.hookpoints[sae]
     coder = load_coder(sae_path(run, sae))
-    hooked_module(model, hookpoint)  # it has to be there
     name = _sae_source(run, sae) or "trained by this recipe"
-    check_fits(coder, model.config.hidden_size, hookpoint, name)
+    check_fits(coder, model, run.recipe.hookpoints[sae], name)
+    prompt = run.artifact("tokenize").table(shard=0)["prompt_ids"][0].as_py()
+    check_bos(coder, prompt, load_tokenizer(run.reference_folder()).bos_token_id, name)
     return coder

@@ -1,4 +1,4 @@
-"""The part of the model hub's HTTP interface that reading a dataset uses, on loopback."""
+"""The part of the model hub's HTTP interface that reading datasets and SAEs uses, on loopback."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ TOKEN = "hf_made_up_for_tests"  # noqa: S105 - opens the gated datasets of this 
 
 
 class Hub:
-    """Dataset repositories: branches that point to commits, commits that hold files."""
+    """Repositories: branches that point to commits, commits that hold files."""
 
     def __init__(self) -> None:
         self.commits: dict[tuple[str, str], dict[str, bytes]] = {}
@@ -37,7 +37,8 @@ class Hub:
         if self.down:
             return 503, {}, b""
         api = path.startswith("/api/")
-        owner, repo, action, *rest = path.removeprefix("/api").removeprefix("/datasets/").split("/")
+        place = path.removeprefix("/api").removeprefix("/datasets").removeprefix("/")
+        owner, repo, action, *rest = place.split("/")
         name = f"{owner}/{repo}"
         if not any(known == name for known, _ in self.branches):
             return _error(401, "RepoNotFound")

@@ -85,6 +85,8 @@ def save_sae(folder: Path, d_in: int = HIDDEN, layer: int = SAE_LAYER, **config:
         "b_dec": 0.1 * torch.randn(d_in, generator=generator),
         "threshold": torch.rand(D_SAE, generator=generator),
     }
+    if config.get("architecture", "jumprelu") != "jumprelu":
+        del weights["threshold"]
     save_file(weights, folder / "sae_weights.safetensors")
     values = {
         "architecture": "jumprelu", "d_in": d_in, "d_sae": D_SAE, "dtype": "float32",

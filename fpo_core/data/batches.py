@@ -112,12 +112,13 @@ def collate(
 def attention_mask(batch: PairBatch, config: Any, dtype: torch.dtype) -> Any:
     """The 4-d mask [B, 1, T, T] that keeps the two responses of a row apart.
 
-    Models with sliding-window layers (Gemma-2, Gemma-3) get a mapping of one mask a layer type,
-    the form that transformers accepts from callers that made their masks themselves.
+    Models whose layers are of several types (Gemma-2, Gemma-3, Qwen) get a mapping of one mask a
+    type, the form that transformers accepts from callers that made their masks themselves. Mistral
+    has no types: with a window, all of its layers have it.
 
     Args:
         batch: the batch.
-        config: the model's configuration.
+        config: the text decoder's configuration.
         dtype: dtype of the attention logits, to which an additive mask is made for ``eager``.
     """
     index = torch.arange(batch.segments.shape[1], device=batch.segments.device)
@@ -131,14 +132,13 @@ def attention_mask(batch: PairBatch, config: Any, dtype: torch.dtype) -> Any:
         zero = torch.zeros((), dtype=dtype, device=mask.device)
         return torch.where(mask[:, None], zero, torch.finfo(dtype).min)
 
-    kinds = getattr(config, "layer_types", None)
-    if not kinds or "sliding_attention" not in kinds:
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if window is None or (types and "sliding_attention" not in types):
         return finish(allowed)
     distance = batch.position_ids[:, :, None] - batch.position_ids[:, None, :]
-    return {
-        "full_attention": finish(allowed),
-        "sliding_attention": finish(allowed & (distance < config.sliding_window)),
-    }
+    within = finish(allowed & (distance < window))
+    return {"full_attention": finish(allowed), "sliding_attention": within} if types else within
 
 
 def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:

@@ -33,7 +33,7 @@ class TopExamples:
         self.places = np.zeros((d_sae, keep), dtype=np.int64)
 
     def offer(self, feature: np.ndarray, value: np.ndarray, place: np.ndarray) -> None:
-        """Keep what is stronger than what is there; among equals, what was offered first.
+        """Keep the strongest of what is there and of these; among equals, the lower place.
 
         Args:
             feature: [M] whose activation.
@@ -43,10 +43,10 @@ class TopExamples:
         keep = self.values.shape[1]
         if not keep:
             return
-        stronger = np.flatnonzero(value > self.values[feature, -1])
+        stronger = np.flatnonzero(value >= self.values[feature, -1])
         if not len(stronger):
             return
-        order = stronger[np.lexsort((-value[stronger], feature[stronger]))]  # it is stable
+        order = stronger[np.lexsort((place[stronger], -value[stronger], feature[stronger]))]
         touched, first, count = np.unique(feature[order], return_index=True, return_counts=True)
         rank = np.arange(len(order)) - np.repeat(first, count)
         row = np.repeat(np.arange(len(touched)), count)
@@ -55,7 +55,7 @@ class TopExamples:
         places = np.zeros((len(touched), 2 * keep), dtype=np.int64)
         values[:, :keep], places[:, :keep] = self.values[touched], self.places[touched]
         values[rows, keep + ranks], places[rows, keep + ranks] = value[best], place[best]
-        strongest = np.argsort(-values, axis=1, kind="stable")[:, :keep]
+        strongest = np.lexsort((places, -values), axis=1)[:, :keep]
         self.values[touched] = np.take_along_axis(values, strongest, 1)
         self.places[touched] = np.take_along_axis(places, strongest, 1)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fpo_core.data.batches import PairBatch, attention_mask
+from fpo_core.data.prompt_rows import PromptCost
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.logprobs import (
     Head,
@@ -20,6 +21,7 @@ from fpo_core.logprobs import (
     selected_logps,
     sum_by_response,
 )
+from fpo_core.models.architectures import decoder_layers
 from fpo_core.models.hooks import StopForward, capture_activations
 
 
@@ -103,7 +105,17 @@ def _decoder(model: Any, batch: PairBatch) -> Tensor:
     decoder = model.get_decoder()
     return decoder(
         input_ids=batch.input_ids,
-        attention_mask=attention_mask(batch, model.config, model.dtype),
+        attention_mask=attention_mask(batch, decoder.config, model.dtype),
         position_ids=batch.position_ids,
         use_cache=False,
     ).last_hidden_state
+
+
+def prompt_cost(model: Any) -> PromptCost:
+    """What a token, and what attention costs in this model; every block is alike."""
+    config = model.get_decoder().config
+    block = decoder_layers(model)[0]
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    token = 2.0 * sum(parameter.numel() for parameter in block.parameters())
+    return PromptCost(token, 4.0 * heads * width)

@@ -1,8 +1,10 @@
 """Read activations where an SAE was trained: hookpoints on Hugging Face models.
 
-``resid_post`` at layer l is the output of decoder block l, before the final norm. ``final_norm`` is
-the last hidden state *after* it (``hidden_states[-1]`` of transformers): no residual-stream SAE was
-trained there; it is what the authors' public code encodes, and here only to compare with that.
+``resid_post`` at layer l is the output of decoder block l, before the final norm. ``mlp_out`` is
+what the block's MLP adds to the residual stream. ``final_norm`` is the last hidden state *after*
+the final norm (``hidden_states[-1]`` of transformers): no residual-stream SAE was trained there; it
+is what the authors' public code encodes, and here only to compare with that. Which modules they
+are: ``fpo_core/models/architectures.py``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from fpo_core.errors import FPOError
 from fpo_core.hookpoint import Hookpoint
+from fpo_core.models.architectures import architecture_of, decoder_layers
 
 
 class StopForward(Exception):
@@ -40,43 +43,29 @@ class Capture:
         self._values[hookpoint] = value
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's list of decoder blocks (Llama, Gemma-2, Gemma-3, Qwen, Mistral layout).
-
-    Raises:
-        FPOError: for an architecture whose blocks are not at ``model.layers``.
-    """
-    layers = getattr(getattr(model, "model", model), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise FPOError(
-            f"{type(model).__name__}: its decoder blocks are not at `model.layers`, so there is no "
-            f"place to read SAE activations; supported: Llama, Gemma-2, Gemma-3, Qwen, Mistral"
-        )
-    return layers
-
-
-def hooked_module(model: nn.Module, hookpoint: Hookpoint) -> nn.Module:
+def hooked_module(model: Any, hookpoint: Hookpoint) -> nn.Module:
     """The module whose output is the hookpoint's activation.
 
     Raises:
-        FPOError: when the model has no such layer or norm.
+        FPOError: an architecture without known places, or no such layer.
     """
-    layers = decoder_layers(model)
+    architecture, layers = architecture_of(model), decoder_layers(model)
     if not 0 <= hookpoint.layer < len(layers):
         raise FPOError(
             f"sae: there is no layer {hookpoint.layer}, the model has layers 0 to {len(layers) - 1}"
         )
-    if hookpoint.site == "resid_post":
-        return layers[hookpoint.layer]
-    norm = getattr(getattr(model, "model", model), "norm", None)
-    if not isinstance(norm, nn.Module):
-        raise FPOError(f"{type(model).__name__}: its final norm is not at `model.norm`")
-    return norm
+    match hookpoint.site:
+        case "resid_post":
+            return layers[hookpoint.layer]
+        case "mlp_out":
+            return layers[hookpoint.layer].get_submodule(architecture.mlp_out)
+        case "final_norm":
+            return model.get_decoder().get_submodule(architecture.norm)
 
 
 @contextmanager
 def capture_activations(
-    model: nn.Module, hookpoints: Sequence[Hookpoint], *, stop: bool = False
+    model: Any, hookpoints: Sequence[Hookpoint], *, stop: bool = False
 ) -> Iterator[Capture]:
     """Capture activations at the hookpoints while the context is open.
 
@@ -114,10 +103,14 @@ def capture_activations(
 
 
 @torch.no_grad()
-def resid_post(model: nn.Module, layer: int, input_ids: Tensor) -> Tensor:
-    """The residual stream [batch, tokens, d_model] after block ``layer``; later ones do not run."""
-    hookpoint = Hookpoint(layer)
+def activations_at(model: Any, hookpoint: Hookpoint, input_ids: Tensor) -> Tensor:
+    """The activations [batch, tokens, d_model] of rows without padding; later blocks do not run."""
     capturing = capture_activations(model, [hookpoint], stop=True)
     with capturing as capture, suppress(StopForward):
         model(input_ids=input_ids, use_cache=False)
     return capture[hookpoint]
+
+
+def resid_post(model: Any, layer: int, input_ids: Tensor) -> Tensor:
+    """The residual stream [batch, tokens, d_model] after block ``layer``; later ones do not run."""
+    return activations_at(model, Hookpoint(layer), input_ids)

@@ -99,15 +99,16 @@ class SaeSettings(Settings):
 
     source: str | None = Field(
         default=None,
-        description="sae-lens folder, Gemma Scope's params.npz or its folder, or release:sae_id of "
-        "sae-lens' directory",
+        description="folder in the format of sae-lens, sparsify or Gemma Scope (its params.npz "
+        "serves too), release:sae_id of sae-lens' directory, or OWNER/NAME:FOLDER of the hub",
     )
     train: SaeTrainSettings | None = Field(default=None, description="train one in the `sae` stage")
     layer: Layer = Field(description="decoder block, from 0")
     site: Site = Field(
         default="resid_post",
-        description="hookpoint: the block's output; `final_norm` is the last hidden state after "
-        "the final norm, which the authors' code encodes and no such SAE was trained on",
+        description="hookpoint: the block's output; `mlp_out`, what its MLP adds to the residual "
+        "stream; `final_norm` is the last hidden state after the final norm, which the authors' "
+        "code encodes and no such SAE was trained on",
     )
     also: tuple[AttachedSaeSettings, ...] = Field(
         default=(),
@@ -128,7 +129,7 @@ class SaeSettings(Settings):
             raise ValueError("sae.train trains on resid_post; sae.site is for a stored SAE")
         places = [self.hookpoint, *(other.hookpoint for other in self.also)]
         # After the final norm there is one place, whatever layer the SAE is of.
-        distinct = {p if p.site == "resid_post" else p.site for p in places}
+        distinct = {p.site if p.site == "final_norm" else p for p in places}
         if len(distinct) < len(places):
             raise ValueError(f"two SAEs at one place: {', '.join(map(str, sorted(places)))}")
         return self

@@ -1,28 +1,30 @@
 """A sparse autoencoder for reading features: encode whole, or only some columns with gradient.
 
-Reads sae-lens' disk format (``cfg.json`` and ``sae_weights.safetensors``) and Gemma Scope's
-(``params.npz``) directly, since importing sae-lens takes seconds in every worker; tests hold it
-equal to sae-lens' own ``encode``.
+Reads the formats of ``fpo_core/sae/formats.py`` directly, since importing sae-lens takes seconds in
+every worker; tests hold it equal to sae-lens' own ``encode``.
 What an SAE declares is honoured or refused by name, never ignored. Encoding is float32.
 
 Shapes: N tokens, F = d_sae.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fpo_core.errors import FPOError
 from fpo_core.hookpoint import Hookpoint
-from fpo_core.sae.gemma_scope import declared_hook, read_arrays
-from fpo_core.sae.source import WEIGHTS_FILE, params_file, read_config
+from fpo_core.models.architectures import architecture_of
+from fpo_core.models.hooks import hooked_module
+from fpo_core.sae.config import Normalization
+from fpo_core.sae.declared import declared_place
+from fpo_core.sae.formats import find_files, read_config
+from fpo_core.sae.normalize import Normalized, normalized
+from fpo_core.sae.weights import read_weights
 
-# A BatchTopK SAE is stored as the JumpReLU that it is at inference.
-ARCHITECTURES = ("standard", "jumprelu", "topk", "gated")
 # Activations held at a time: chunks of tokens get shorter as the SAE gets wider.
 CHUNK_ELEMENTS = 1 << 23
 
@@ -57,6 +59,10 @@ class SparseCoder(NamedTuple):
     hook: str  # the hookpoint it declares, "" when it declares none
     k: int | None = None  # TopK: features kept a token
     gate: Gate | None = None  # gated only
+    normalization: Normalization = "none"  # of each token's activation, before all else
+    removes_mean: bool = False  # takes each token's mean over d_in away, before that
+    hf_hook: str = ""  # the Hugging Face module path that it declares beside ``hook``
+    prepend_bos: bool = False  # it declares that its training text began with a BOS token
 
     @property
     def d_in(self) -> int:
@@ -123,14 +129,28 @@ class SparseCoder(NamedTuple):
         x = x.detach()
         return torch.cat([self.encode(x[part])[:, columns] > 0 for part in self.chunks(len(x))])
 
-    def decode(self, acts: Tensor) -> Tensor:
-        """Reconstruction [N, d_in] of the activations."""
+    def decode(self, acts: Tensor, x: Tensor | None = None) -> Tensor:
+        """Reconstruction [N, d_in] of the activations.
+
+        Args:
+            acts: [N, F] features.
+            x: [N, d_in] what was encoded; an SAE that normalizes each token needs it, to undo that.
+        """
         assert self.W_dec is not None, "loaded for encoding only"
-        return acts @ self.W_dec + self.b_dec
+        out = acts @ self.W_dec + self.b_dec
+        if self.normalization == "none" and not self.removes_mean:
+            return out
+        assert x is not None, f"undoing {self.normalization} takes the activations themselves"
+        undone = self._normalized(x)
+        return out * undone.scale + undone.shift
 
     def _centre(self, x: Tensor) -> Tensor:
-        x = x.float()
+        """What the encoder's weights multiply."""
+        x = self._normalized(x).values
         return x - self.b_dec if self.centred else x
+
+    def _normalized(self, x: Tensor) -> Normalized:
+        return normalized(x.float(), self.normalization, remove_mean=self.removes_mean)
 
     def to(self, device: str) -> "SparseCoder":
         """The same coder on another device."""
@@ -149,7 +169,7 @@ class AttachedSae(NamedTuple):
 
 
 def load_coder(folder: Path, *, decoder: bool = True) -> SparseCoder:
-    """Load an SAE in sae-lens' disk format or in Gemma Scope's.
+    """Load an SAE in one of the formats that are read directly.
 
     Args:
         folder: the SAE's; of Gemma Scope, the file itself serves too.
@@ -158,88 +178,86 @@ def load_coder(folder: Path, *, decoder: bool = True) -> SparseCoder:
     Raises:
         FPOError: files missing or unreadable, or a declared behaviour that is not supported.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    params = params_file(folder)
-    if params:
-        return _gemma_scope_coder(params, decoder)
-    config = read_config(folder)
-    _refuse_unsupported(config, folder)
-    try:
-        state = {name: value.float() for name, value in load_file(folder / WEIGHTS_FILE).items()}
-    except (FileNotFoundError, SafetensorError) as error:
-        raise FPOError(f"SAE {folder}: {WEIGHTS_FILE} is missing or damaged ({error})") from error
-    gated = config.get("architecture") == "gated"
-    try:
-        bias = state["b_mag"] if gated else state["b_enc"]
-        coder = SparseCoder(
-            state["W_enc"], bias, state.get("threshold", torch.zeros_like(bias)),
-            state["W_dec"] if decoder else None, state["b_dec"],
-            bool(config.get("apply_b_dec_to_input", True)),
-            str((config.get("metadata") or {}).get("hook_name") or ""),
-            k=int(config["k"]) if config.get("architecture") == "topk" else None,
-            gate=Gate(state["b_gate"], state["r_mag"].exp()) if gated else None,
-        )  # fmt: skip
-    except KeyError as error:
-        raise FPOError(
-            f"SAE {folder}: {error} is missing for the architecture "
-            f"{config.get('architecture', 'standard')!r}"
-        ) from error
-    declared = (config["d_in"], config["d_sae"])
-    if tuple(coder.W_enc.shape) != declared:
-        raise FPOError(
-            f"SAE {folder}: weights are {tuple(coder.W_enc.shape)}, cfg.json says {declared}"
-        )
-    return coder
-
-
-def _gemma_scope_coder(file: Path, decoder: bool) -> SparseCoder:
-    arrays = read_arrays(file, decoder=decoder)
-    state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    files = find_files(folder)
+    config = read_config(files)
+    state = read_weights(files, config, decoder=decoder)
+    gated = config.architecture == "gated"
+    bias = state["b_mag"] if gated else state["b_enc"]
     return SparseCoder(
-        state["W_enc"], state["b_enc"], state["threshold"], state.get("W_dec"), state["b_dec"],
-        centred=False, hook=declared_hook(file),
+        state["W_enc"], bias, state.get("threshold", torch.zeros_like(bias)), state.get("W_dec"),
+        state["b_dec"], config.centred, config.hook, k=config.k,
+        gate=Gate(state["b_gate"], state["r_mag"].exp()) if gated else None,
+        normalization=config.normalization, removes_mean=config.removes_mean,
+        hf_hook=config.hf_hook, prepend_bos=config.prepend_bos,
     )  # fmt: skip
 
 
-def _refuse_unsupported(config: dict[str, Any], folder: Path) -> None:
-    architecture = config.get("architecture", "standard")
-    if architecture not in ARCHITECTURES:
-        raise FPOError(
-            f"SAE {folder}: architecture {architecture!r} is not supported yet; supported: "
-            f"{', '.join(ARCHITECTURES)}"
-        )
-    if config.get("rescale_acts_by_decoder_norm"):
-        raise FPOError(
-            f"SAE {folder}: rescale_acts_by_decoder_norm=true is not supported; fold the decoder's "
-            f"norms into the weights"
-        )
-    for key in ("normalize_activations", "reshape_activations"):
-        if config.get(key, "none") not in ("none", None):
-            raise FPOError(
-                f"SAE {folder}: {key}={config[key]!r} is not supported; fold it into the weights"
-            )
-
-
-def check_fits(coder: SparseCoder, hidden_size: int, hookpoint: Hookpoint, name: str) -> None:
+def check_fits(coder: SparseCoder, model: Any, hookpoint: Hookpoint, name: str) -> None:
     """Refuse an SAE that was not made for this place of this model.
 
     At ``final_norm`` every SAE is out of its place, which who asks for it knows.
 
+    Args:
+        coder: the SAE.
+        model: the causal LM.
+        hookpoint: where the recipe attaches it.
+        name: the SAE's, for messages.
+
     Raises:
-        FPOError: d_in differs from the model's hidden size, or the SAE declares another hookpoint.
+        FPOError: no such place in the model, another width, or the SAE declares another place.
     """
-    if coder.d_in != hidden_size:
+    hooked_module(model, hookpoint)
+    decoder = model.get_decoder()
+    if coder.d_in != decoder.config.hidden_size:
         raise FPOError(
             f"SAE {name}: it reads activations of width {coder.d_in} (d_in), the model's hidden "
-            f"size is {hidden_size}; choose an SAE trained on this model"
+            f"size is {decoder.config.hidden_size}; choose an SAE trained on this model"
         )
-    expected = f"blocks.{hookpoint.layer}.hook_resid_post"
-    # Gemma Scope's paths may say the layer alone.
-    fitting = ("", expected, f"blocks.{hookpoint.layer}")
-    if coder.hook not in fitting and hookpoint.site != "final_norm":
+    if coder.removes_mean and not any(isinstance(m, nn.LayerNorm) for m in decoder.modules()):
         raise FPOError(
-            f"SAE {name}: it declares the hookpoint {coder.hook!r}, the recipe asks for "
-            f"{hookpoint} ({expected!r}); set its layer to the SAE's own"
+            f"SAE {name}: it declares center_writing_weights, which there is for models with "
+            f"LayerNorm only; choose an SAE trained on this model"
         )
+    if hookpoint.site == "final_norm":
+        return
+    for hook in filter(None, (coder.hook, coder.hf_hook)):
+        _check_hook(hook, model, hookpoint, name)
+
+
+def _check_hook(hook: str, model: Any, hookpoint: Hookpoint, name: str) -> None:
+    declared = declared_place(hook, architecture_of(model))
+    asked = f"SAE {name}: it declares the hookpoint {hook!r}, the recipe asks for {hookpoint}"
+    if declared is None:
+        raise FPOError(
+            f"{asked}; in {type(model).__name__} that is neither a block's output (resid_post) nor "
+            f"what its MLP adds (mlp_out): choose an SAE of one of these"
+        )
+    site = declared.site or hookpoint.site
+    if declared.layer != hookpoint.layer or site != hookpoint.site:
+        raise FPOError(
+            f"{asked}; set its layer to {declared.layer} and its site to {site}, or choose another "
+            f"SAE"
+        )
+
+
+def check_bos(
+    coder: SparseCoder, prompt_ids: Sequence[int], bos_token_id: int | None, name: str
+) -> None:
+    """Refuse prompts without BOS for an SAE that declares that its training text had it in front.
+
+    Args:
+        coder: the SAE.
+        prompt_ids: of a pair, as all are templated alike.
+        bos_token_id: the tokenizer's; None where it has none, and then there is nothing to check.
+        name: the SAE's, for messages.
+
+    Raises:
+        FPOError: it does not begin with BOS.
+    """
+    if not coder.prepend_bos or bos_token_id is None or prompt_ids[0] == bos_token_id:
+        return
+    raise FPOError(
+        f"SAE {name}: it declares prepend_bos, but the prompts begin with token {prompt_ids[0]}, "
+        f"not with BOS ({bos_token_id}): it has never seen such activations. Take a chat template "
+        f"that writes BOS (data.template=halos does), or an SAE that was trained without it"
+    )

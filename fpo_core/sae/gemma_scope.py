@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fpo_core.errors import FPOError
+from fpo_core.sae.config import SaeConfig
 
 PARAMS_FILE = "params.npz"
 ARRAYS = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
@@ -42,7 +43,7 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """
     with _damage_told(file), zipfile.ZipFile(file) as archive:
         headers = {
-            _array_name(member): _header(archive, member)
+            array_name(member): _header(archive, member)
             for member in archive.namelist()
         }  # fmt: skip
     _check_names(file, set(headers))
@@ -79,15 +80,27 @@ def read_arrays(file: Path, *, decoder: bool) -> dict[str, np.ndarray]:
     read_shapes(file)
     with _damage_told(file), np.load(file, allow_pickle=False) as arrays:
         found = {
-            _array_name(name): np.asarray(arrays[name], dtype=np.float32)
+            array_name(name): np.asarray(arrays[name], dtype=np.float32)
             for name in arrays.files
-            if decoder or _array_name(name) != "W_dec"
+            if decoder or array_name(name) != "W_dec"
         }
     if SCALING in found and not np.allclose(found.pop(SCALING), 1.0):
         raise FPOError(
             f"SAE {file}: a {SCALING} other than 1 is not supported; fold it into the weights"
         )
     return found
+
+
+def read_config(file: Path) -> SaeConfig:
+    """What such an SAE is: every one was trained on texts with a BOS token in front.
+
+    Raises:
+        FPOError: damaged, or not the arrays of such an SAE.
+    """
+    d_in, d_sae = read_shapes(file)["W_enc"]
+    return SaeConfig(
+        "jumprelu", d_in, d_sae, centred=False, hook=declared_hook(file), prepend_bos=True
+    )
 
 
 def declared_hook(file: Path) -> str:
@@ -118,7 +131,7 @@ def _check_names(file: Path, found: set[str]) -> None:
         raise FPOError(f"SAE {file}: what the array {', '.join(unknown)} does is not supported")
 
 
-def _array_name(member: str) -> str:
+def array_name(member: str) -> str:
     """An array's name; some files have ``w_enc`` and ``w_dec``."""
     name = member.removesuffix(".npy")
     return f"W_{name[2:]}" if name.startswith("w_") else name

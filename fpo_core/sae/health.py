@@ -44,7 +44,7 @@ def health_sums(coder: SparseCoder, x: Tensor, pair: Tensor, pairs: int) -> Tens
     sums = torch.zeros(pairs, _COUNTS + coder.d_in, dtype=torch.float64, device=x.device)
     for part in coder.chunks(len(x)):
         acts, exact = coder.encode(x[part]), x[part].double()
-        error = exact - coder.decode(acts).double()
+        error = exact - coder.decode(acts, x[part]).double()
         counts = (
             torch.ones_like(exact[:, 0]), (acts > 0).sum(1).double(), error.square().sum(1),
             exact.square().sum(1),

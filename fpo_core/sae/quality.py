@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fpo_core.logprobs import output_head, selected_logps
-from fpo_core.models.hooks import decoder_layers
+from fpo_core.models.architectures import decoder_layers
 from fpo_core.progress import Progress
 from fpo_core.sae.coder import SparseCoder
 from fpo_core.sae.collect import SKIP_POSITIONS

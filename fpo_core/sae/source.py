@@ -5,13 +5,11 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from fpo_core.errors import FPOError
-from fpo_core.models.source import ModelIdentity, cache_folder, file_digest, how_to_make
-from fpo_core.sae.gemma_scope import PARAMS_FILE, read_shapes
-
-CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"  # sae-lens' disk format
+from fpo_core.models.source import ModelIdentity, cache_folder, file_digest
+from fpo_core.sae import sparsify
+from fpo_core.sae.formats import CONFIG_FILE, WEIGHTS_FILE, find_files, read_config
 
 
 def is_release(source: str) -> bool:
@@ -24,64 +22,28 @@ def identify_sae(source: str) -> ModelIdentity:
 
     A release that was never fetched is identified by its name and marked unresolved.
     """
-    if is_release(source) and not _release_folder(source).is_dir():
+    place = _place(source)
+    if place is None:
         return ModelIdentity(f"sae:{source}", resolved=False)
-    place = _release_folder(source) if is_release(source) else local_folder(source)
-    params = params_file(place)
-    files = {name: place / name for name in (CONFIG_FILE, WEIGHTS_FILE)}
-    if params:
-        files = {PARAMS_FILE: params}
-    parts = {name: file_digest(file) for name, file in files.items()}
+    parts = {name: file_digest(file) for name, file in find_files(place).digested.items()}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return ModelIdentity(f"sae:{digest}")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The SAE's ``cfg.json``."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise FPOError(
-            f"SAE {str(folder)!r}: no {CONFIG_FILE} there. Give a folder in sae-lens' disk format "
-            f"({CONFIG_FILE}, {WEIGHTS_FILE}), a {PARAMS_FILE} of Gemma Scope or its folder, or "
-            f"release:sae_id from sae-lens' directory{how_to_make(folder)}"
-        )
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise FPOError(f"SAE {path}: not JSON (line {error.lineno}: {error.msg})") from error
-
-
 def declared_width(source: str) -> int | None:
     """d_sae as the SAE's files declare it; None for a release that was never fetched."""
-    if is_release(source) and not _release_folder(source).is_dir():
-        return None
-    place = _release_folder(source) if is_release(source) else local_folder(source)
-    params = params_file(place)
-    return read_shapes(params)["W_enc"][1] if params else read_config(place).get("d_sae")
-
-
-def params_file(place: Path) -> Path | None:
-    """The file of an SAE in Gemma Scope's format; None where ``place`` is no such one.
-
-    Args:
-        place: of the SAE: a folder, or the file itself.
-    """
-    if place.suffix == ".npz" and place.is_file():
-        return place
-    file = place / PARAMS_FILE
-    return file if file.is_file() and not (place / CONFIG_FILE).exists() else None
+    place = _place(source)
+    return read_config(find_files(place)).d_sae if place else None
 
 
 def local_folder(source: str) -> Path:
-    """The place of a local SAE, checked to be one: a folder, or a file of Gemma Scope."""
+    """The place of a local SAE, checked to be one that is supported: a folder, or a file.
+
+    Raises:
+        FPOError: it is none, or something that it declares is not honoured.
+    """
     folder = Path(source).expanduser()
-    params = params_file(folder)
-    if params:
-        read_shapes(params)
-        return folder
-    read_config(folder)
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise FPOError(f"SAE {source!r}: no {WEIGHTS_FILE} in the folder")
+    read_config(find_files(folder))
     return folder
 
 
@@ -96,22 +58,61 @@ def sae_folder(source: str) -> Path:
     target = _release_folder(source)
     if target.is_dir():
         return target
-    from sae_lens import SAE
-
-    release, _, sae_id = source.partition(":")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".fetching-", dir=target.parent))
+    release, _, sae_id = source.partition(":")
     try:
-        SAE.from_pretrained(release, sae_id, device="cpu").save_model(scratch)
+        _fetch(release, sae_id, scratch)
         scratch.rename(target)
     except Exception as error:
+        said = str(error).strip().partition("\n")[0]
         raise FPOError(
-            f"SAE {source!r} could not be fetched ({type(error).__name__}: {error}). Check the "
-            f"release and id, and the network; or put its folder here and set sae.source to it"
+            f"SAE {source!r} could not be fetched ({type(error).__name__}: {said}). Check the "
+            f"release and id, and the network. Without one: get it where there is network with "
+            f'sae_lens.SAE.from_pretrained("{release}", "{sae_id}").save_model(FOLDER), put its '
+            f"{CONFIG_FILE} and {WEIGHTS_FILE} into {target}, or set sae.source to FOLDER"
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _fetch(release: str, sae_id: str, folder: Path) -> None:
+    """Fetch an SAE into a folder: as sparsify has it, all others in sae-lens' format."""
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    unknown = release not in get_pretrained_saes_directory()
+    if unknown and "/" in release and _fetch_sparsify(release, sae_id, folder):
+        return
+    # Scaling factors that the directory has are folded into the weights here.
+    sae = SAE.from_pretrained(release, sae_id, device="cpu")
+    for weight in sae.parameters():  # some loaders give views, which safetensors does not save
+        weight.data = weight.data.contiguous()
+    sae.save_model(folder)
+
+
+def _fetch_sparsify(repository: str, hookpoint: str, folder: Path) -> bool:
+    """Fetch an SAE of sparsify's; False where the repository has none by that name."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        weights = hf_hub_download(repository, f"{hookpoint}/{sparsify.WEIGHTS_FILE}")
+    except EntryNotFoundError:
+        return False
+    config = hf_hub_download(repository, f"{hookpoint}/{CONFIG_FILE}")
+    shutil.copy(weights, folder / sparsify.WEIGHTS_FILE)
+    shutil.copy(config, folder / CONFIG_FILE)
+    return True
+
+
+def _place(source: str) -> Path | None:
+    """Where an SAE's files are; None for a release that was never fetched."""
+    if not is_release(source):
+        return local_folder(source)
+    folder = _release_folder(source)
+    return folder if folder.is_dir() else None
 
 
 def _release_folder(source: str) -> Path:

@@ -258,7 +258,7 @@ BAD = {
     "SAE of another layer": (
         other_layer, ["declares the hookpoint 'blocks.1.hook_resid_post'", "layer 2 resid_post"],
     ),
-    "SAE of an unknown kind": (odd_sae, ["architecture 'transcoder' is not supported yet"]),
+    "SAE of an unknown kind": (odd_sae, ["architecture 'transcoder' is not supported (it"]),
 }  # fmt: skip
 
 

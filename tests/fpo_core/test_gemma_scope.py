@@ -12,6 +12,7 @@ from fpo_core.hookpoint import Hookpoint
 from fpo_core.sae.coder import check_fits, load_coder
 from fpo_core.sae.gemma_scope import ARRAYS, declared_hook
 from fpo_core.sae.source import declared_width, identify_sae, sae_folder
+from tests.tiny import make_model
 
 D_IN, D_SAE = 24, 96
 PUBLISHED = "gemma-scope-2b-pt-res/layer_25/width_16k/average_l0_55"
@@ -99,8 +100,10 @@ def test_the_path_says_where_it_reads(path):
 
 
 def test_an_sae_of_another_place_is_refused(tmp_path):
+    model = make_model("gemma2", num_hidden_layers=26, hidden_size=D_IN)
+
     def fit(path: str, layer: int) -> None:
-        check_fits(load_coder(save(tmp_path / path)), D_IN, Hookpoint(layer), path)
+        check_fits(load_coder(save(tmp_path / path)), model, Hookpoint(layer), path)
 
     fit(PUBLISHED, 25)
     fit("sae/layer_7/width_1k", 7)

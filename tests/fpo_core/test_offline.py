@@ -8,11 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fpo_core.data.batches import PairIds
+from fpo_core.data.prompt_rows import PromptCost, one_row_pays, rows_of
 from fpo_core.errors import FPOError
 from fpo_core.features.stats import StatsMerge
 from fpo_core.features.tables import FeatureTables, ScoredTokens
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.budget import TokenBudget, affordable_tokens, token_budget
+from fpo_core.models.forward import prompt_cost
 from fpo_core.offline import WantedFeatures, score_shard
 from fpo_core.recipe.schema import FeatureSettings
 from fpo_core.sae.coder import ActiveFeatures, load_coder
@@ -153,6 +156,8 @@ def same(one, other, *, exactly):
         for table in left._fields:
             for name, column in getattr(left, table).items():
                 match = getattr(right, table)[name]
+                if name in ("example_responses", "example_positions") and not exactly:
+                    continue  # both responses begin at the same position: rounding decides
                 if exactly or name in ("pair_id", "side", "position", "token_id"):
                     np.testing.assert_array_equal(np.hstack(column), np.hstack(match))
                 else:
@@ -268,6 +273,30 @@ def test_tables_of_made_up_activations(pairs, data):
     np.testing.assert_array_equal(stats["max"], every.max(0))
     for feature, values in enumerate(stats["example_values"]):
         np.testing.assert_array_equal(values, [v for v in np.sort(every[:, feature])[:-3:-1] if v])
+
+
+def test_a_prompt_is_computed_once_where_that_pays(pairs, sae):
+    """The rule against the operations counted, and the tables either way."""
+    cost = prompt_cost(make_model())
+    weights = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64 + 2 * 32
+    assert cost == (2 * weights, 4 * 4 * 8)
+    short = PairIds("p", [1], [2] * 300, [3] * 300)
+    long = PairIds("p", [1] * 300, [2] * 20, [3] * 20)
+    assert [one_row_pays(pair, cost) for pair in (short, long)] == [False, True]
+    assert [row.responses.tolist() for row in rows_of([short, long], cost)] == [[0], [1], [2, 3]]
+
+    def found(attention):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fpo_core.offline.prompt_cost", lambda _: PromptCost(1.0, attention))
+            return score(make_model(), pairs, sae)
+
+    once, twice = found(0.0), found(1e9)
+    assert once.tokens == sum(pair.length for pair in pairs)
+    # A pair whose prompt outweighs its answers saves attention too.
+    assert twice.tokens > once.tokens
+    same(once, twice, exactly=False)
+    for side in ("chosen_logp", "rejected_logp"):
+        np.testing.assert_allclose(once.reference[side], twice.reference[side], rtol=1e-5)
 
 
 def short_of_memory(model, limit):

@@ -63,7 +63,7 @@ def test_weights_of_another_architecture_are_named(tmp_path):
 def test_what_is_not_supported_is_refused_by_name(tmp_path):
     for key, value in (
         ("architecture", "transcoder"),
-        ("rescale_acts_by_decoder_norm", True),
+        ("rescale_acts_by_decoder_norm", True),  # of a JumpReLU
         ("normalize_activations", "expected_average_only_in"),
         ("reshape_activations", "hook_z"),
     ):

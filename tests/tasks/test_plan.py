@@ -163,3 +163,18 @@ def test_selection_with_further_saes(recipe, store, tmp_path):
     with pytest.raises(FPOError, match="needs features/.*, which stage 'features@2' has not made"):
         selected_stages(complete("features@2"), None, "train")
     assert selected_stages(complete("features@2"), None, "evaluate") == ["evaluate"]
+
+
+def test_each_place_of_a_further_sae_has_a_stage_of_its_own(recipe, store, tmp_path):
+    """One layer may be read at two sites, and one site at two layers."""
+    places = [(1, "mlp_out"), (2, "mlp_out"), (2, "resid_post"), (0, "final_norm")]
+    also = [
+        {"source": str(save_sae(tmp_path / f"{number}")), "layer": layer, "site": site}
+        for number, (layer, site) in enumerate(places)
+    ]
+    plan = make_plan(load_recipe(str(recipe), {"sae.also": also}), store)
+    assert [stage for stage in plan.stages if "features" in stage] == [
+        "features", "features@1-mlp_out", "features@2-mlp_out", "features@2",
+        "features@0-final_norm",
+    ]  # fmt: skip
+    assert len({plan.version(stage) for stage in plan.stages if "features" in stage}) == 5

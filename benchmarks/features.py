@@ -1,0 +1,329 @@
+"""The features stage beside the bare forward pass, the bare encoder, and sae-lens' own cache.
+
+    python -m benchmarks.features --data ../shared/data/preferences/dpo_en_demo.json
+
+SmolLM2-135M-Instruct and real preference pairs, read at layer 20 by a JumpReLU SAE with random
+directions of which 50 features a token fire. Of the same length-sorted batches, in turn:
+
+- ``forward``: the model's blocks up to the layer and nothing else, masks made beforehand;
+- ``matmul``: scored activations times the encoder's weight and nothing else;
+- ``features``: the stage's pass: everything from token ids to Parquet shards in a store, the merge
+  of the statistics included;
+- ``reference`` and ``reference + features``: the same for the log-probs, alone and in one pass;
+- ``sae-lens``: its CacheActivationsRunner on rows of the same tokens, which stores the activations
+  and encodes nothing.
+
+A ratio is of one round's times; medians and the range over the rounds are printed. With
+``--memory`` instead: the peak of the features pass of gemma2-tiny over 300 and over 30,000 pairs.
+"""
+
+import argparse
+import itertools
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from benchmarks.peak import PeakMemory
+from fpo_core.data.batches import PairIds, attention_mask, batches_by_length, collate
+from fpo_core.data.pairs import read_pairs
+from fpo_core.data.tokenize import ChatFormat, Limits, TokenizedPair, tokenize_pairs
+from fpo_core.hookpoint import Hookpoint
+from fpo_core.models.budget import CPU_TOKENS, TokenBudget
+from fpo_core.models.forward import scored_activations
+from fpo_core.models.hooks import StopForward, capture_activations
+from fpo_core.models.load import load_model, load_tokenizer, model_folder, prepare_cpu
+from fpo_core.models.random_gemma import SAE_PLACE, make_tiny_gemma
+from fpo_core.offline import WantedFeatures, score_shard
+from fpo_core.quiet import set_quiet_defaults
+from fpo_core.recipe import load_recipe
+from fpo_core.recipe.schema import FeatureSettings
+from fpo_core.sae.coder import SparseCoder, load_coder
+from storage.location import open_store
+from storage.manifest import Made
+from storage.schemas import FEATURES_POOLED, FEATURES_SHARD_STATS, FEATURES_TOKENS, REFERENCE
+from storage.writer import ArtifactWriter
+from tasks.arrow import to_table
+from tasks.features import merge_statistics
+
+HERE, L0, SEED = Hookpoint(20), 50, 0
+SHARD_PAIRS = 64
+ROWS_PER_BATCH = 8  # sae-lens': as many tokens as ours
+SETTINGS = FeatureSettings(cache_k=256, tokens_k=32)
+RECIPE = load_recipe("quickstart")
+
+Timed = dict[str, list[float]]
+
+
+def main() -> None:
+    """Measure and print Markdown tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", help="preference pairs, JSON or JSONL")
+    parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--widths", nargs="+", type=int, default=[4608, 16_384])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", nargs="*", type=int, metavar="PAIRS", help="see above")
+    parser.add_argument("--one", type=int, metavar="PAIRS", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    set_quiet_defaults()
+    if options.one:
+        print(_peak(options.one))
+    elif options.memory is not None:
+        _memory(options.memory or [300, 30_000])
+    elif options.data is None:
+        parser.error("--data is needed, but with --memory")
+    else:
+        _speed(options)
+
+
+def _speed(options: argparse.Namespace) -> None:
+    prepare_cpu(None)
+    folder = model_folder(RECIPE.model.source)
+    model = load_model(folder, dtype="float32", attention=RECIPE.model.attention)
+    pairs = _real_pairs(options.data, folder, options.pairs)
+    tokens = sum(pair.length for pair in pairs)
+    scored = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    print(f"{len(pairs)} pairs, {tokens:,} tokens, {scored:,} of them scored")
+    batches = [
+        collate([pairs[row] for row in rows])
+        for rows in batches_by_length([pair.length for pair in pairs], CPU_TOKENS)
+    ]
+    x = torch.cat([scored_activations(model, batch, [HERE])[0] for batch in batches])
+    saes = {width: _random_sae(x, width) for width in options.widths}
+    works: dict[str, Callable[[], Any]] = {"forward": lambda: _forward(model, batches)}
+    works["reference"] = lambda: _stage(model, pairs, [], want_reference=True)
+    for width, coder in saes.items():
+        wanted = [WantedFeatures(coder, HERE, SETTINGS)]
+        works[f"matmul {width}"] = lambda coder=coder: _matmul(x, coder)
+        works[f"features {width}"] = lambda wanted=wanted: _stage(
+            model, pairs, wanted, want_reference=False
+        )
+        works[f"both {width}"] = lambda wanted=wanted: _stage(
+            model, pairs, wanted, want_reference=True
+        )
+    with _sae_lens(folder, pairs) as runner:
+        works["sae-lens"] = runner
+        times, results = _in_turn(works, options.rounds)
+    _print_speed(times, options.widths, tokens)
+    size = results[f"features {options.widths[-1]}"] / scored
+    theirs = results["sae-lens"]
+    print(f"bytes a scored token, tokens table: {size:.0f}; sae-lens: {theirs:.0f} a token")
+
+
+def _in_turn(works: dict[str, Callable[[], Any]], rounds: int) -> tuple[Timed, dict[str, Any]]:
+    times: Timed = {name: [] for name in works}
+    results = {}
+    for number, name in itertools.product(range(-1, rounds), works):  # the first is a warm-up
+        if number < 0 and name == "sae-lens":
+            continue
+        started = time.perf_counter()
+        results[name] = works[name]()
+        if number >= 0:
+            # Its runner loads nothing within: what it returns is its own time, and bytes a token.
+            seconds = time.perf_counter() - started
+            if name == "sae-lens":
+                seconds, results[name] = results[name]
+            times[name].append(seconds)
+    return times, results
+
+
+def _print_speed(times: Timed, widths: Sequence[int], tokens: int) -> None:
+    def ratio(work: str, *parts: str) -> str:
+        found = [
+            of / sum(round_parts)
+            for of, *round_parts in zip(times[work], *(times[part] for part in parts), strict=True)
+        ]
+        return f"{statistics.median(found):.3f} ({min(found):.3f}-{max(found):.3f})"
+
+    print("| d_sae | features / (forward + matmul) | both / (reference + matmul) | tokens/s |")
+    print("|---|---|---|---|")
+    for width in widths:
+        rate = tokens / statistics.median(times[f"features {width}"])
+        print(
+            f"| {width:,} | {ratio(f'features {width}', 'forward', f'matmul {width}')} "
+            f"| {ratio(f'both {width}', 'reference', f'matmul {width}')} | {rate:.0f} |"
+        )
+    for width in widths:
+        print(f"rate / sae-lens' at {width:,}: {ratio('sae-lens', f'features {width}')}")
+    print("seconds: " + ", ".join(f"{n} {statistics.median(t):.2f}" for n, t in times.items()))
+
+
+def _real_pairs(data: str, folder: Path, count: int) -> list[PairIds]:
+    """Some of the pairs that fit into 512 tokens a row, drawn with a seed."""
+    chat, limits = ChatFormat(load_tokenizer(folder), "model"), Limits(512, 512)
+    fitting = [
+        PairIds(pair.pair_id, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+        for pair in tokenize_pairs(read_pairs(data), chat, limits)
+        if isinstance(pair, TokenizedPair)
+    ]
+    rows = np.random.default_rng(SEED).choice(len(fitting), count, replace=False)
+    return [fitting[row] for row in rows]
+
+
+def _random_sae(x: torch.Tensor, width: int) -> SparseCoder:
+    """Random directions, with thresholds that let ``L0`` features a token fire on average."""
+    generator = torch.Generator().manual_seed(SEED)
+    weight = torch.randn(x.shape[1], width, generator=generator)
+    weight /= weight.norm(dim=0)
+    sample = (x[:: max(1, len(x) // 1024)] - x.mean(0)) @ weight
+    threshold = torch.quantile(sample, 1 - L0 / width, dim=0).clamp_min(1e-3)
+    return SparseCoder(weight, -x.mean(0) @ weight, threshold, None, x.mean(0), False, "")
+
+
+@torch.no_grad()
+def _forward(model: Any, batches: Sequence[Any]) -> None:
+    decoder = model.get_decoder()
+    for batch in batches:
+        mask = attention_mask(batch, model.config, model.dtype)
+        with capture_activations(model, [HERE], stop=True), suppress(StopForward):
+            decoder(
+                input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids,
+                use_cache=False,
+            )  # fmt: skip
+
+
+@torch.no_grad()
+def _matmul(x: torch.Tensor, coder: SparseCoder) -> None:
+    for part in coder.chunks(len(x)):
+        torch.mm(x[part], coder.W_enc)
+
+
+def _stage(
+    model: Any, pairs: Sequence[PairIds], saes: Sequence[WantedFeatures], *, want_reference: bool
+) -> int:
+    """Score, write and merge as the stages do; returns the bytes of the token table."""
+    with tempfile.TemporaryDirectory() as folder, _writers(folder) as (reference, features):
+        for shard, begin in enumerate(range(0, len(pairs), SHARD_PAIRS)):
+            scores = score_shard(
+                model, pairs[begin : begin + SHARD_PAIRS], saes, want_reference=want_reference,
+                budget=TokenBudget(CPU_TOKENS),
+            )  # fmt: skip
+            if scores.reference is not None:
+                reference.put_shard(shard, {"": to_table(scores.reference, REFERENCE)})
+            for columns in scores.features:
+                features.put_shard(
+                    shard,
+                    {
+                        "pooled": to_table(columns.pooled, FEATURES_POOLED),
+                        "tokens": to_table(columns.tokens, FEATURES_TOKENS),
+                        "shard_stats": to_table(columns.stats, FEATURES_SHARD_STATS),
+                    },
+                )
+        if saes:
+            merge_statistics(features, SETTINGS.examples)
+            features.commit(Made(1, {}, {}, {}, 0.0, {}))
+        return sum(file.stat().st_size for file in Path(folder).rglob("data/tokens/*.parquet"))
+
+
+@contextmanager
+def _writers(folder: str) -> Iterator[list[ArtifactWriter]]:
+    store = open_store(folder)
+    names = ("reference", "features")
+    with store.hold(names[0], "0" * 16, None) as one, store.hold(names[1], "0" * 16, None) as two:
+        assert one is not None
+        assert two is not None
+        yield [
+            store.writer(name, "0" * 16, hold) for name, hold in zip(names, (one, two), strict=True)
+        ]
+
+
+@contextmanager
+def _sae_lens(
+    folder: Path, pairs: Sequence[PairIds], context: int = 256
+) -> Iterator[Callable[[], tuple[float, float]]]:
+    """Its runner on rows of prompt and chosen answer; gives seconds for as many tokens as ours."""
+    from datasets import Dataset
+    from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
+
+    ids = [int(i) for pair in pairs for i in (*pair.prompt, *pair.chosen, *pair.rejected)]
+    rows = [ids[n : n + context] for n in range(0, len(ids) - context + 1, context)]
+    del rows[len(rows) // ROWS_PER_BATCH * ROWS_PER_BATCH :]
+    dataset = Dataset.from_dict({"tokens": rows})
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "activations"
+
+        def run() -> tuple[float, float]:
+            shutil.rmtree(target, ignore_errors=True)
+            runner = CacheActivationsRunner(
+                CacheActivationsRunnerConfig(
+                    dataset_path="", model_name=str(folder), model_batch_size=ROWS_PER_BATCH,
+                    hook_name=f"model.layers.{HERE.layer}", d_in=576,
+                    training_tokens=len(rows) * context, context_size=context,
+                    model_class_name="AutoModelForCausalLM", device="cpu", prepend_bos=False,
+                    new_cached_activations_path=str(target), shuffle=False, streaming=False,
+                    # One buffer: of fewer rows than it takes it would read some again.
+                    buffer_size_gb=len(rows) * context * 576 * 4 / 1e9,
+                ),
+                override_dataset=dataset,
+            )  # fmt: skip
+            started = time.perf_counter()
+            runner.run()
+            seconds = time.perf_counter() - started
+            size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+            tokens = len(rows) * context
+            return seconds * len(ids) / tokens, size / tokens
+
+        yield run
+
+
+def _memory(counts: Sequence[int]) -> None:
+    print("| pairs | peak, MiB | / the first |")
+    print("|---|---|---|")
+    first = None
+    for count in counts:
+        command = [sys.executable, "-m", "benchmarks.features", "--one", str(count)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        peak = float(done.stdout.strip().splitlines()[-1])
+        first = first or peak
+        print(f"| {count:,} | {peak:,.0f} | {peak / first:.3f} |", flush=True)
+
+
+def _peak(count: int) -> float:
+    """Peak memory of reference and features over so many made-up pairs, shard by shard."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_tiny_gemma(Path(folder) / "gemma")
+        model = load_model(Path(folder) / "gemma" / "model", dtype="float32", attention="eager")
+        coder = load_coder(Path(folder) / "gemma" / SAE_PLACE)
+        saes = [WantedFeatures(coder, Hookpoint(2), SETTINGS)]
+        with PeakMemory() as memory, _writers(folder) as (_, features):
+            for shard in range(-(-count // SHARD_PAIRS)):
+                pairs = _made_pairs(shard, min(SHARD_PAIRS, count - shard * SHARD_PAIRS))
+                scores = score_shard(
+                    model, pairs, saes, want_reference=False, budget=TokenBudget(CPU_TOKENS)
+                )
+                (columns,) = scores.features
+                tables: dict[str, pa.Table] = {
+                    "pooled": to_table(columns.pooled, FEATURES_POOLED),
+                    "tokens": to_table(columns.tokens, FEATURES_TOKENS),
+                    "shard_stats": to_table(columns.stats, FEATURES_SHARD_STATS),
+                }
+                features.put_shard(shard, tables)
+            merge_statistics(features, SETTINGS.examples)
+        return memory.peak
+
+
+def _made_pairs(shard: int, count: int) -> list[PairIds]:
+    draw = np.random.default_rng(shard)
+
+    def ids(low: int, high: int) -> np.ndarray:
+        return draw.integers(300, 2000, draw.integers(low, high))
+
+    return [
+        PairIds(f"{shard:08x}{n:08x}", ids(10, 60), ids(5, 80), ids(5, 80)) for n in range(count)
+    ]
+
+
+if __name__ == "__main__":
+    main()

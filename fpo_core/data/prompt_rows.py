@@ -1,0 +1,49 @@
+"""A pair as rows of a pass without gradient: its prompt once for both responses, where that pays.
+
+Two responses behind one prompt save the prompt's tokens once; but each row of attention reaches
+over the other response too, which is masked and computed all the same. Short prompts with long
+responses are better off as two rows.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fpo_core.data.batches import PairIds
+
+
+class PromptCost(NamedTuple):
+    """Operations of one decoder block."""
+
+    token: float  # a token's, but for attention
+    attention: float  # of a query and a key
+
+
+class Row(NamedTuple):
+    """One row of a batch, and whose it is."""
+
+    ids: PairIds
+    responses: np.ndarray  # the shard's numbers of its responses: 2i chosen, 2i + 1 rejected
+
+
+def rows_of(pairs: Sequence[PairIds], cost: PromptCost) -> list[Row]:
+    """Each pair as one row, or as two."""
+    rows = []
+    for number, pair in enumerate(pairs):
+        chosen, rejected = 2 * number, 2 * number + 1
+        if one_row_pays(pair, cost):
+            rows.append(Row(pair, np.array([chosen, rejected])))
+        else:
+            rows.append(Row(pair._replace(rejected=()), np.array([chosen])))
+            alone = pair._replace(chosen=pair.rejected, rejected=())
+            rows.append(Row(alone, np.array([rejected])))
+    return rows
+
+
+def one_row_pays(pair: PairIds, cost: PromptCost) -> bool:
+    """Whether the prompt's tokens cost more than the attention between the two responses."""
+    prompt, chosen, rejected = (len(ids) for ids in pair[1:])
+    together = (prompt + chosen + rejected) ** 2
+    apart = (prompt + chosen) ** 2 + (prompt + rejected) ** 2
+    return prompt * cost.token >= (together - apart) * cost.attention

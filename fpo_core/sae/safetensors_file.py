@@ -1,0 +1,47 @@
+"""Reading a safetensors file of an SAE, with what is wrong with it said."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fpo_core.errors import FPOError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors, from the file's header: no weights are read.
+
+    Raises:
+        FPOError: missing or damaged.
+    """
+    from safetensors import safe_open
+
+    with _damage_told(file), safe_open(file, framework="numpy") as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+
+def read_tensors(file: Path) -> "dict[str, Tensor]":
+    """The tensors in float32.
+
+    Raises:
+        FPOError: missing or damaged.
+    """
+    from safetensors.torch import load_file
+
+    with _damage_told(file):
+        return {name: value.float() for name, value in load_file(file).items()}
+
+
+@contextmanager
+def _damage_told(file: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (FileNotFoundError, SafetensorError) as error:
+        raise FPOError(
+            f"SAE {file.parent}: {file.name} is missing or damaged ({error}). Fetch the file again"
+        ) from error
