@@ -36,7 +36,7 @@ from storage.store import Store
 from storage.version import artifact_version
 from storage.writer import ArtifactWriter
 from tasks.arrow import to_table
-from tasks.features import _merge
+from tasks.features import merge_statistics
 
 D_SAE, VOCABULARY = 16_384, 49_152
 PAIRS_PER_SHARD = 512
@@ -93,7 +93,7 @@ def _measure(
         if part == "write":
             write(writer, responses, tokens, settings)
         else:
-            stats = _merge(writer, settings.examples)
+            stats = merge_statistics(writer, settings.examples)
             writer.commit(Made(0, {}, INPUTS, stats, 0.0, {}))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"seconds": time.monotonic() - started, "peak": peak}))

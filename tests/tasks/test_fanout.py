@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 from prefect import flow
+from prefect.client.orchestration import get_client
 
 from fpo_core.errors import FPOError
 from fpo_core.recipe.schema import InferenceSettings
@@ -66,15 +67,6 @@ def files_in_process(finished_run) -> dict[str, Any]:
     return files(prepare_run(str(finished_run.recipe), [], str(finished_run.store))[0])
 
 
-@pytest.mark.slow
-def test_the_files_are_those_of_one_process(ray, prepared, finished_run):
-    run = prepared(ON_RAY)
-    caches(run)
-    assert files(run) == files_in_process(finished_run)
-    assert run.artifact("reference").manifest["stats"]["shared_pass_with"] == ["features"]
-    assert run.artifact("tokenize").num_shards() == 4
-
-
 class Hindered(NamedTuple):
     """A job whose worker does something else first, on one shard."""
 
@@ -101,16 +93,8 @@ class HinderedWorker:
             (self.hindered.folder / "pid").write_text(str(os.getpid()))
             time.sleep(60)
 
-    def die(self) -> None:
-        with (self.hindered.folder / "deaths").open("a") as deaths:
-            deaths.write("x")
-        os.kill(os.getpid(), signal.SIGKILL)
-
     def refuse(self) -> None:
         raise FPOError("the pairs are of another tokenizer")
-
-    def break_down(self) -> None:
-        raise ZeroDivisionError("a mistake of ours")
 
 
 def hinder(monkeypatch, folder: Path, how: str) -> None:
@@ -144,34 +128,47 @@ def test_the_shard_of_a_killed_worker_is_computed_again(
 
 
 @pytest.mark.slow
-def test_a_shard_that_kills_every_worker_ends_the_run_and_the_rest_goes_on(
-    ray, prepared, finished_run, tmp_path, monkeypatch
-):
+def test_the_files_are_those_of_one_process(ray, prepared, finished_run, tmp_path, monkeypatch):
+    """Also when a shard has failed, by its name, and the same command went on with the rest."""
     with monkeypatch.context() as patched:
-        hinder(patched, tmp_path, "die")
-        with pytest.raises(
-            FPOError, match=f"shard {LAST}: its Ray worker died {RETRIES + 1} times"
-        ):
+        hinder(patched, tmp_path, "refuse")
+        with pytest.raises(FPOError, match=f"shard {LAST}: the pairs are of another tokenizer"):
             caches(prepared(ON_RAY))
-    assert len((tmp_path / "deaths").read_text()) == RETRIES + 1
-    run = prepared([])  # in this process
+    run = prepared(ON_RAY)
     assert run.store.state("reference", run.plan.version("reference")) == "partial"
     caches(run)
     assert files(run) == files_in_process(finished_run)
+    assert run.artifact("reference").manifest["stats"]["shared_pass_with"] == ["features"]
+    assert run.artifact("reference").num_shards() == LAST + 1
+
+
+class Failing(NamedTuple):
+    """A job without a model, whose shards fail."""
+
+    folder: Path
+
+    def worker(self) -> "Failing":
+        return self
+
+    def run(self, work: Todo) -> ShardDone:
+        if work.stages == ("die",):
+            with (self.folder / "deaths").open("a") as deaths:
+                deaths.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ZeroDivisionError("a mistake of ours")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("how", "told"),
-    [
-        ("refuse", "shard 3: the pairs are of another tokenizer"),
-        ("break_down", "shard 3 failed on its Ray worker: ZeroDivisionError: a mistake of ours"),
-    ],
-)
-def test_a_failed_shard_is_named(ray, prepared, tmp_path, monkeypatch, how, told):
-    hinder(monkeypatch, tmp_path, how)
-    with pytest.raises(FPOError, match=told):
-        caches(prepared(ON_RAY))
+def test_a_shard_that_kills_every_worker_ends_the_run(ray, tmp_path):
+    with pytest.raises(FPOError, match=f"shard 7: its Ray worker died {RETRIES + 1} times"):
+        list(fan_out(Failing(tmp_path), [Todo(7, ("die",))], OF_TWO))
+    assert len((tmp_path / "deaths").read_text()) == RETRIES + 1
+
+
+@pytest.mark.slow
+def test_a_mistake_of_ours_is_told_with_its_shard(ray, tmp_path):
+    with pytest.raises(FPOError, match="shard 5 failed on its Ray worker: ZeroDivisionError: a mi"):
+        list(fan_out(Failing(tmp_path), [Todo(5, ())], OF_TWO))
 
 
 @pytest.mark.slow
@@ -211,7 +208,10 @@ def test_nothing_survives_a_run_that_is_interrupted(finished_run, tmp_path, when
     shutil.copytree(finished_run.store / "artifacts/pairs", tmp_path / "artifacts/pairs")
     command = [sys.executable, "-m", "cli.main", "run", finished_run.recipe, "--store", tmp_path,
                "--only", "reference", "--set", *ON_RAY]  # fmt: skip
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as driver:
+    server = str(get_client(sync_client=True).api_url)  # that of these tests
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PREFECT_API_URL": server}
+    ) as driver:
         started = wait_for(when, psutil.Process(driver.pid))
         addresses = {
             connection.laddr.ip for process in started for connection in listening(process)
