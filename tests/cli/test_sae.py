@@ -11,7 +11,7 @@ from fpo_core.models.hooks import activations_at
 from fpo_core.models.load import load_model
 from storage.catalog import list_artifacts
 from storage.location import open_store
-from tasks.gate import gate_sae, gate_stats
+from tasks.gate import gate_sae, gate_stats, is_gated
 from tasks.run import prepare_run
 from tests.conftest import Result
 from tests.tiny import SAE_LAYER, fit_sae, save_recipe
@@ -160,19 +160,22 @@ def test_a_run_that_goes_on_does_not_measure_again_and_refuses_again(recipe, tmp
     tokenize.fn(run)
     model = load_model(recipe.parent / "model", dtype="float32", attention="sdpa")
     folder = recipe.parent / "sae"
-    with run.writer_beside("features") as writer:
+    with run.writers_beside(["features"]) as writers:
+        writer = writers["features"]
         assert gate_stats(writer) == {}
         gate_sae(run, writer, model, load_coder(folder), 0, folder)
         made = gate_stats(writer)
     assert made["gate"]["cause"]
-    with prepared("sae.site=final_norm").writer_beside("features") as writer:
-        gate_sae(run, writer, None, None, 0, folder)  # no model, nothing measured
-        assert gate_stats(writer) == made
+    with prepared("sae.site=final_norm").writers_beside(["features"]) as writers:
+        assert is_gated(writers["features"])
+        gate_sae(run, writers["features"], None, None, 0, folder)  # no model, nothing measured
+        assert gate_stats(writers["features"]) == made
     values = yaml.safe_load(recipe.read_text())
     assert values["sae"]["gate"] == "refuse"
     strict = run.recipe.model_copy(
         update={"sae": run.recipe.sae.model_copy(update={"site": "resid_post", "gate": "refuse"})}
     )
     run.recipe = strict
-    with run.writer_beside("features") as writer, pytest.raises(FPOError, match="in its place"):
-        gate_sae(run, writer, None, None, 0, folder)
+    with run.writers_beside(["features"]) as writers:
+        with pytest.raises(FPOError, match="in its place"):
+            gate_sae(run, writers["features"], None, None, 0, folder)
