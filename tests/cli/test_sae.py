@@ -176,6 +176,6 @@ def test_a_run_that_goes_on_does_not_measure_again_and_refuses_again(recipe, tmp
         update={"sae": run.recipe.sae.model_copy(update={"site": "resid_post", "gate": "refuse"})}
     )
     run.recipe = strict
-    with run.writers_beside(["features"]) as writers:
-        with pytest.raises(FPOError, match="in its place"):
-            gate_sae(run, writers["features"], None, None, 0, folder)
+    refused = pytest.raises(FPOError, match="in its place")
+    with run.writers_beside(["features"]) as writers, refused:
+        gate_sae(run, writers["features"], None, None, 0, folder)
