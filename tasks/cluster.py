@@ -118,7 +118,8 @@ def _signals_later() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # else it was set outside of Python
+                signal.signal(number, handler)
     for number in came[:1]:
         signal.raise_signal(number)
 
@@ -127,7 +128,7 @@ class Room(NamedTuple):
     """What a shard takes of the cluster, and how many are under way."""
 
     at_a_time: int
-    options: dict[str, float]  # Ray's, for each shard
+    options: dict[str, Any]  # Ray's, for each shard
     api: str  # where the workers report their task runs
 
     @classmethod
@@ -168,5 +169,9 @@ class Room(NamedTuple):
                 f"reach (`prefect server start --host 0.0.0.0`), and set PREFECT_API_URL to it"
             )
         # By default twice what fits, so that no worker waits for its next shard.
-        options = {"num_cpus": settings.cpus, "num_gpus": gpus, "max_retries": RETRIES}
+        options: dict[str, Any] = {
+            "num_cpus": settings.cpus, "num_gpus": gpus, "max_retries": RETRIES,
+        }  # fmt: skip
+        if not gpus and any(size[1] for size in sizes):  # then they are others'
+            options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
         return cls(settings.workers or 2 * fit, options, api)

@@ -219,7 +219,8 @@ class InferenceSettings(Settings):
     cpus: Positive = Field(default=1, description="CPUs that Ray sets aside for a shard")
     gpus: NonNegative | None = Field(
         default=None,
-        description="GPUs that Ray sets aside for a shard; default: 1 where the cluster has any",
+        description="GPUs that Ray sets aside for a shard, 0: the CPU computes it; default: 1 "
+        "where the cluster has any",
     )
 
     @model_validator(mode="after")

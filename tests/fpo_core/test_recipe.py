@@ -101,6 +101,12 @@ REFUSED = {
     "unknown ZeRO stage": (
         "", ("train.zero_stage=4",), r"train\.zero_stage: .*0, 1, 2 or 3 \(given: 4\)",
     ),
+    "a cluster without Ray": (
+        "", ("resources.inference.gpus=1",), r"inference\.gpus is for resources\.inf.*runner=ray",
+    ),
+    "an address without a port": (
+        "", ("resources.inference={runner: ray, address: head}",), r"inference\.address: ",
+    ),
     "port without hosts": (
         "", ("resources.master_port=29500",), r"master_port is for several hosts",
     ),

@@ -61,7 +61,8 @@ def test_feature_settings_leave_the_reference_alone(recipe, store, override):
 
 @pytest.mark.parametrize(
     "override",
-    ["resources.threads=2", "resources.tokens_per_batch=64", "resources.ranks=2", "name=other",
+    ["resources.threads=2", "resources.tokens_per_batch=64", "resources.ranks=2",
+     "resources.inference={runner: ray, workers: 2, cpus: 2}", "name=other",
      "description=words", "train.alpha=0.5", "train.beta=0.1", "monitor.heldout_steps=0",
      "monitor.heldout_pairs=3", "monitor.tensorboard=false", "monitor.wandb=mine",
      "sae.gate=refuse"],
