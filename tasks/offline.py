@@ -30,7 +30,7 @@ from storage.schemas import (
 from storage.writer import ArtifactWriter
 from tasks.arrow import to_table
 from tasks.fanout import ShardDone, Todo, fan_out
-from tasks.gate import gate_sae, is_gated
+from tasks.gate import gate_sae, is_gated, sae_name
 from tasks.plan import Plan, features_stages
 from tasks.run import PipelineRun, recipe_store
 
@@ -290,7 +290,7 @@ def attached_coder(run: PipelineRun, model: Any, sae: int = 0) -> "SparseCoder":
     from fpo_core.sae.coder import check_bos, check_fits, load_coder
 
     coder = load_coder(sae_path(run, sae))
-    name = _sae_source(run, sae) or "trained by this recipe"
+    name = sae_name(run, sae)
     check_fits(coder, model, run.recipe.hookpoints[sae], name)
     prompt = run.artifact("tokenize").table(shard=0)["prompt_ids"][0].as_py()
     check_bos(coder, prompt, load_tokenizer(run.reference_folder()).bos_token_id, name)
