@@ -10,8 +10,9 @@ directions of which 50 features a token fire. Of the same length-sorted batches,
 - ``features``: the stage's pass: everything from token ids to Parquet shards in a store, the merge
   of the statistics included;
 - ``reference`` and ``reference + features``: the same for the log-probs, alone and in one pass;
-- ``sae-lens``: its CacheActivationsRunner on rows of the same tokens, which stores the activations
-  and encodes nothing.
+- ``sae-lens``: its CacheActivationsRunner on rows of prompt and answer, packed without padding,
+  which stores the activations and encodes nothing. It reads a pair's prompt twice; tokens are
+  counted alike for both, as it reads them.
 
 A ratio is of one round's times; medians and the range over the rounds are printed. With
 ``--memory`` instead: the peak of the features pass of gemma2-tiny over 300 and over 30,000 pairs.
@@ -71,9 +72,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", help="preference pairs, JSON or JSONL")
-    parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--widths", nargs="+", type=int, default=[4608, 16_384])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", nargs="*", type=int, metavar="PAIRS", help="see above")
     parser.add_argument("--one", type=int, metavar="PAIRS", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -243,11 +244,12 @@ def _writers(folder: str) -> Iterator[list[ArtifactWriter]]:
 def _sae_lens(
     folder: Path, pairs: Sequence[PairIds], context: int = 256
 ) -> Iterator[Callable[[], tuple[float, float]]]:
-    """Its runner on rows of prompt and chosen answer; gives seconds for as many tokens as ours."""
+    """Its runner on rows of prompt and answer; gives seconds for all the pairs."""
     from datasets import Dataset
     from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 
-    ids = [int(i) for pair in pairs for i in (*pair.prompt, *pair.chosen, *pair.rejected)]
+    sides = [(pair.prompt, ids) for pair in pairs for ids in (pair.chosen, pair.rejected)]
+    ids = [int(i) for prompt, response in sides for i in (*prompt, *response)]
     rows = [ids[n : n + context] for n in range(0, len(ids) - context + 1, context)]
     del rows[len(rows) // ROWS_PER_BATCH * ROWS_PER_BATCH :]
     dataset = Dataset.from_dict({"tokens": rows})
@@ -291,7 +293,8 @@ def _memory(counts: Sequence[int]) -> None:
 
 
 def _peak(count: int) -> float:
-    """Peak memory of reference and features over so many made-up pairs, shard by shard."""
+    """Peak memory of the features' pass over so many made-up pairs, shard by shard."""
+    prepare_cpu(1)
     with tempfile.TemporaryDirectory() as folder:
         make_tiny_gemma(Path(folder) / "gemma")
         model = load_model(Path(folder) / "gemma" / "model", dtype="float32", attention="eager")

@@ -338,4 +338,4 @@ def test_the_budget_that_is_found():
     assert affordable_tokens(70e9, 1e5) == 65_536
     assert affordable_tokens(1e6, 1e6) == 1024
     assert token_budget(make_model(), 77, 100).tokens == 77
-    assert token_budget(make_model(), "auto", 100).tokens == 2048
+    assert token_budget(make_model(), "auto", 100).tokens == 1024
