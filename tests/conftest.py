@@ -1,6 +1,7 @@
 """What all tests share: quiet libraries, a Prefect of their own, the ``fpo`` command."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from tests.object_store import seaweed
 __all__ = ["seaweed"]  # one object store for all tests
 
 set_quiet_defaults()
+# Started in a script's background, a process ignores Ctrl-C, and so do all that it starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["PREFECT_LOGGING_LEVEL"] = "CRITICAL"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["FPO_LOG"] = "INFO"

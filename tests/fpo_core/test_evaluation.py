@@ -20,7 +20,7 @@ def examples(pairs, sae):
     """Held-out examples with the reference side as the offline pass caches it."""
     scores = score(make_model(), pairs, sae)
     assert scores.reference is not None
-    assert scores.pooled is not None
+    pooled = scores.features[0].pooled
     stored = [
         CachedSide(
             PooledFeatures(
@@ -29,7 +29,7 @@ def examples(pairs, sae):
             None,
         )
         for indices, values, cutoff in zip(
-            scores.pooled["indices"], scores.pooled["values"], scores.pooled["cutoff"], strict=True
+            pooled["indices"], pooled["values"], pooled["cutoff"], strict=True
         )
     ]
     logps = zip(scores.reference["chosen_logp"], scores.reference["rejected_logp"], strict=True)
