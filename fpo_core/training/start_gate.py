@@ -21,8 +21,10 @@ from fpo_core.training.loss import BatchLoss
 # shrinks with the root of the scored tokens), by the dtype of the reference pass.
 LOGP_TOLERANCE = {"float32": (2e-4, 0.0), "bfloat16": (0.02, 0.4)}
 # Largest D, relative to the mean square of the reference's own top features, as (floor, share that
-# shrinks with the tokens): in a short response one feature that rounding switches on is much.
-DISCREPANCY_TOLERANCE = {"float32": (1e-5, 5e-3), "bfloat16": (1e-2, 0.1)}
+# shrinks with the tokens): in a short response one feature that rounding switches on is much. In
+# bfloat16 gemma2-tiny's pairs come to 0.010 of resid_post's and 0.017 of mlp_out's at most, and the
+# same model before its warm start to 0.12 in the median.
+DISCREPANCY_TOLERANCE = {"float32": (1e-5, 5e-3), "bfloat16": (2e-2, 0.3)}
 
 
 def logp_tolerance(dtype: str, lengths: Tensor) -> Tensor:
