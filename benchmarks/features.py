@@ -32,18 +32,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from benchmarks.peak import PeakMemory
+from benchmarks.real_pairs import real_pairs
 from fpo_core.data.batches import PairIds, attention_mask, batches_by_length, collate
-from fpo_core.data.pairs import read_pairs
-from fpo_core.data.tokenize import ChatFormat, Limits, TokenizedPair, tokenize_pairs
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.budget import CPU_TOKENS, TokenBudget
 from fpo_core.models.forward import scored_activations
 from fpo_core.models.hooks import StopForward, capture_activations
-from fpo_core.models.load import load_model, load_tokenizer, model_folder, prepare_cpu
+from fpo_core.models.load import load_model, model_folder, prepare_cpu
 from fpo_core.models.random_gemma import SAE_PLACE, make_tiny_gemma
 from fpo_core.offline import WantedFeatures, score_shard
 from fpo_core.quiet import set_quiet_defaults
@@ -52,10 +50,11 @@ from fpo_core.recipe.schema import FeatureSettings
 from fpo_core.sae.coder import SparseCoder, load_coder
 from storage.location import open_store
 from storage.manifest import Made
-from storage.schemas import FEATURES_POOLED, FEATURES_SHARD_STATS, FEATURES_TOKENS, REFERENCE
+from storage.schemas import REFERENCE
 from storage.writer import ArtifactWriter
 from tasks.arrow import to_table
 from tasks.features import merge_statistics
+from tasks.offline import feature_tables
 
 HERE, L0, SEED = Hookpoint(20), 50, 0
 SHARD_PAIRS = 64
@@ -93,7 +92,7 @@ def _speed(options: argparse.Namespace) -> None:
     prepare_cpu(None)
     folder = model_folder(RECIPE.model.source)
     model = load_model(folder, dtype="float32", attention=RECIPE.model.attention)
-    pairs = _real_pairs(options.data, folder, options.pairs)
+    pairs = real_pairs(options.data, 512, options.pairs)
     tokens = sum(pair.length for pair in pairs)
     scored = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
     print(f"{len(pairs)} pairs, {tokens:,} tokens, {scored:,} of them scored")
@@ -161,18 +160,6 @@ def _print_speed(times: Timed, widths: Sequence[int], tokens: int) -> None:
     print("seconds: " + ", ".join(f"{n} {statistics.median(t):.2f}" for n, t in times.items()))
 
 
-def _real_pairs(data: str, folder: Path, count: int) -> list[PairIds]:
-    """Some of the pairs that fit into 512 tokens a row, drawn with a seed."""
-    chat, limits = ChatFormat(load_tokenizer(folder), "model"), Limits(512, 512)
-    fitting = [
-        PairIds(pair.pair_id, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-        for pair in tokenize_pairs(read_pairs(data), chat, limits)
-        if isinstance(pair, TokenizedPair)
-    ]
-    rows = np.random.default_rng(SEED).choice(len(fitting), count, replace=False)
-    return [fitting[row] for row in rows]
-
-
 def _random_sae(x: torch.Tensor, width: int) -> SparseCoder:
     """Random directions, with thresholds that let ``L0`` features a token fire on average."""
     generator = torch.Generator().manual_seed(SEED)
@@ -214,14 +201,7 @@ def _stage(
             if scores.reference is not None:
                 reference.put_shard(shard, {"": to_table(scores.reference, REFERENCE)})
             for columns in scores.features:
-                features.put_shard(
-                    shard,
-                    {
-                        "pooled": to_table(columns.pooled, FEATURES_POOLED),
-                        "tokens": to_table(columns.tokens, FEATURES_TOKENS),
-                        "shard_stats": to_table(columns.stats, FEATURES_SHARD_STATS),
-                    },
-                )
+                features.put_shard(shard, feature_tables(columns))
         if saes:
             merge_statistics(features, SETTINGS.examples)
             features.commit(Made(1, {}, {}, {}, 0.0, {}))
@@ -307,12 +287,7 @@ def _peak(count: int) -> float:
                     model, pairs, saes, want_reference=False, budget=TokenBudget(CPU_TOKENS)
                 )
                 (columns,) = scores.features
-                tables: dict[str, pa.Table] = {
-                    "pooled": to_table(columns.pooled, FEATURES_POOLED),
-                    "tokens": to_table(columns.tokens, FEATURES_TOKENS),
-                    "shard_stats": to_table(columns.stats, FEATURES_SHARD_STATS),
-                }
-                features.put_shard(shard, tables)
+                features.put_shard(shard, feature_tables(columns))
             merge_statistics(features, SETTINGS.examples)
         return memory.peak
 

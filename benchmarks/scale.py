@@ -31,12 +31,11 @@ from fpo_core.recipe.schema import FeatureSettings
 from fpo_core.sae.coder import ActiveFeatures
 from storage.location import open_store
 from storage.manifest import Made
-from storage.schemas import FEATURES_POOLED, FEATURES_SHARD_STATS, FEATURES_TOKENS
 from storage.store import Store
 from storage.version import artifact_version
 from storage.writer import ArtifactWriter
-from tasks.arrow import to_table
 from tasks.features import merge_statistics
+from tasks.offline import feature_tables
 
 D_SAE, VOCABULARY = 16_384, 49_152
 PAIRS_PER_SHARD = 512
@@ -108,15 +107,7 @@ def write(writer: ArtifactWriter, responses: int, tokens: int, settings: Feature
         tables = FeatureTables(pairs, D_SAE, settings)
         lengths = rng.poisson(tokens - 1, 2 * size) + 1
         tables.add(*_batch(rng, pool, lengths))
-        columns = tables.columns()
-        writer.put_shard(
-            number,
-            {
-                "pooled": to_table(columns.pooled, FEATURES_POOLED),
-                "tokens": to_table(columns.tokens, FEATURES_TOKENS),
-                "shard_stats": to_table(columns.stats, FEATURES_SHARD_STATS),
-            },
-        )
+        writer.put_shard(number, feature_tables(tables.columns()))
 
 
 def _shard_sizes(pairs: int) -> Iterator[int]:

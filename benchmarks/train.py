@@ -23,14 +23,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.peak import PeakMemory
+from benchmarks.real_pairs import real_pairs
 from benchmarks.steps import alone, cached_as_offline
 from fpo_core.data.batches import PairIds, batches_by_length, collate
-from fpo_core.data.pairs import read_pairs
-from fpo_core.data.tokenize import ChatFormat, Limits, TokenizedPair, tokenize_pairs
 from fpo_core.models.forward import forward_pairs
 from fpo_core.models.load import load_tokenizer, model_folder, prepare_cpu
 from fpo_core.quiet import set_quiet_defaults
@@ -42,7 +40,7 @@ from fpo_core.training.engine import make_engine
 from fpo_core.training.loss import PairLoss
 
 VARIANTS = ("bare", "trl-dpo", "dpo", "fpo")
-PAIRS, TOKENS_PER_BATCH, SEED = 4, 2048, 0
+PAIRS, TOKENS_PER_BATCH = 4, 2048
 RECIPE = load_recipe("quickstart")
 
 Step = Callable[[], None]
@@ -59,7 +57,7 @@ def main() -> None:
     parser.add_argument("--one", choices=("time", *VARIANTS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        pairs = _pairs(options.data, options.lengths[0])
+        pairs = real_pairs(options.data, options.lengths[0], PAIRS)
         measured = _times(pairs, options.rounds) if options.one == "time" else _memory(
             pairs, options.one
         )  # fmt: skip
@@ -94,19 +92,6 @@ def _measured(arguments: Sequence[str]) -> Any:
     command = [sys.executable, "-m", "benchmarks.train", *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def _pairs(data: str, length: int) -> list[PairIds]:
-    """Four of the pairs that fit, drawn with a seed."""
-    tokenizer = load_tokenizer(model_folder(RECIPE.model.source))
-    chat, limits = ChatFormat(tokenizer, "model"), Limits(length, length)
-    fitting = [
-        PairIds(pair.pair_id, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-        for pair in tokenize_pairs(read_pairs(data), chat, limits)
-        if isinstance(pair, TokenizedPair)
-    ]
-    rows = np.random.default_rng(SEED).choice(len(fitting), PAIRS, replace=False)
-    return [fitting[row] for row in rows]
 
 
 def _model() -> Any:

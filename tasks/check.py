@@ -4,9 +4,9 @@ import logging
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fpo_core.errors import FPOError
-from fpo_core.models.load import inference_device, load_model, load_tokenizer, prepare_cpu
+from fpo_core.models.load import inference_device, load_model, prepare_cpu
 from tasks.gate import is_only_told, measure_gate, sae_name
-from tasks.offline import sae_path
+from tasks.offline import check_attached, sae_path
 from tasks.run import PipelineRun
 from tasks.tokenize import tokenize
 
@@ -68,14 +68,11 @@ def _check(run: PipelineRun, model: Any, sae: int, tokens: int | None) -> SaeChe
 
 def _coder(run: PipelineRun, model: Any, sae: int) -> tuple["SparseCoder", str]:
     """The SAE, and why it would not be attached; its figures say more than what it declares."""
-    from fpo_core.sae.coder import check_bos, check_fits, load_coder
+    from fpo_core.sae.coder import load_coder
 
-    coder, name = load_coder(sae_path(run, sae)), sae_name(run, sae)
-    prompt = run.artifact("tokenize").table(shard=0)["prompt_ids"][0].as_py()
-    bos = load_tokenizer(run.base_folder()).bos_token_id
+    coder = load_coder(sae_path(run, sae))
     try:
-        check_fits(coder, model, run.recipe.hookpoints[sae], name)
-        check_bos(coder, prompt, bos, name)
+        check_attached(run, model, coder, sae)
     except FPOError as error:
         if coder.d_in != model.get_decoder().config.hidden_size:
             raise

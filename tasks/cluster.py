@@ -52,14 +52,14 @@ def ray_cluster(settings: InferenceSettings) -> Iterator[Any]:
     else:
         _check_answers(settings.address)
     # Ray first: prefect-ray's lazy import of it would load its exceptions a second time.
-    RayError = importlib.import_module("ray.exceptions").RayError  # noqa: N806
+    ray_error = importlib.import_module("ray.exceptions").RayError
     from prefect_ray import RayTaskRunner
 
     runner = RayTaskRunner(settings.address, options)
     try:
         with _signals_later():
             runner.__enter__()
-    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+    except (ray_error, ConnectionError, RuntimeError, ValueError) as error:
         where = f"at {settings.address}" if settings.address else "of this machine"
         reason = str(error).strip().partition("\n")[0]
         raise FPOError(

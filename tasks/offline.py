@@ -36,6 +36,7 @@ from tasks.run import PipelineRun, recipe_store
 
 if TYPE_CHECKING:
     from fpo_core.data.batches import PairIds
+    from fpo_core.features.tables import FeatureColumns
     from fpo_core.sae.coder import SparseCoder
 
 log = logging.getLogger("fpo.stage")
@@ -119,11 +120,7 @@ class OfflineWorker:
             want_reference="reference" in todo.stages, budget=self._budget, on_tokens=on_tokens,
         )  # fmt: skip
         tables: dict[str, Tables] = {
-            stage: {
-                "pooled": to_table(columns.pooled, FEATURES_POOLED),
-                "tokens": to_table(columns.tokens, FEATURES_TOKENS),
-                "shard_stats": to_table(columns.stats, FEATURES_SHARD_STATS),
-            }
+            stage: feature_tables(columns)
             for stage, columns in zip(stages, scores.features, strict=True)
         }
         if scores.reference is not None:
@@ -141,6 +138,15 @@ class OfflineWorker:
     def run(self, work: Todo) -> ShardDone:
         """Compute a shard and write it."""
         return self.write(self.compute(work))
+
+
+def feature_tables(columns: "FeatureColumns") -> Tables:
+    """A shard's tables of one SAE, by name."""
+    return {
+        "pooled": to_table(columns.pooled, FEATURES_POOLED),
+        "tokens": to_table(columns.tokens, FEATURES_TOKENS),
+        "shard_stats": to_table(columns.stats, FEATURES_SHARD_STATS),
+    }
 
 
 class OfflineJob(NamedTuple):
@@ -286,12 +292,24 @@ def attached_coder(run: PipelineRun, model: Any, sae: int = 0) -> "SparseCoder":
     Raises:
         FPOError: when it does not fit the model.
     """
-    from fpo_core.models.load import load_tokenizer
-    from fpo_core.sae.coder import check_bos, check_fits, load_coder
+    from fpo_core.sae.coder import load_coder
 
     coder = load_coder(sae_path(run, sae))
+    check_attached(run, model, coder, sae)
+    return coder
+
+
+def check_attached(run: PipelineRun, model: Any, coder: "SparseCoder", sae: int) -> None:
+    """Refuse an SAE that declares another place than the recipe's, or text that the pairs are not.
+
+    Raises:
+        FPOError: when it does not fit the model or its prompts.
+    """
+    from fpo_core.models.load import load_tokenizer
+    from fpo_core.sae.coder import check_bos, check_fits
+
     name = sae_name(run, sae)
     check_fits(coder, model, run.recipe.hookpoints[sae], name)
     prompt = run.artifact("tokenize").table(shard=0)["prompt_ids"][0].as_py()
-    check_bos(coder, prompt, load_tokenizer(run.reference_folder()).bos_token_id, name)
-    return coder
+    # A warm start keeps the tokenizer.
+    check_bos(coder, prompt, load_tokenizer(run.base_folder()).bos_token_id, name)

@@ -13,18 +13,22 @@ from torch import Tensor
 from fpo_core.data.batches import PairBatch
 from fpo_core.errors import FPOError
 from fpo_core.features.discrepancy import CachedFeatures
+from fpo_core.hookpoint import Site
 from fpo_core.recipe.training import TrainSettings
 from fpo_core.training.cached import CachedBatch
+from fpo_core.training.job import JobSae
 from fpo_core.training.loss import BatchLoss
 
 # Largest drift of an average log-prob (nats a token) that rounding explains, as (floor, share that
 # shrinks with the root of the scored tokens), by the dtype of the reference pass.
 LOGP_TOLERANCE = {"float32": (2e-4, 0.0), "bfloat16": (0.02, 0.4)}
 # Largest D, relative to the mean square of the reference's own top features, as (floor, share that
-# shrinks with the tokens): in a short response one feature that rounding switches on is much. In
-# bfloat16 gemma2-tiny's pairs come to 0.010 of resid_post's and 0.017 of mlp_out's at most, and the
-# same model before its warm start to 0.12 in the median.
-DISCREPANCY_TOLERANCE = {"float32": (1e-5, 5e-3), "bfloat16": (2e-2, 0.3)}
+# shrinks with the tokens): in a short response one feature that rounding switches on is much.
+DISCREPANCY_TOLERANCE = {"float32": (1e-5, 5e-3), "bfloat16": (1e-2, 0.1)}
+# The same of an SAE that reads what an MLP adds, which rounding moves more: gemma2-tiny's pairs in
+# bfloat16 come to 0.017 at most there, and to 0.010 in the stream. The same model before its warm
+# start comes to 0.12 in the median, at either.
+MLP_OUT_TOLERANCE = {"float32": (1e-5, 5e-3), "bfloat16": (2e-2, 0.2)}
 
 
 def logp_tolerance(dtype: str, lengths: Tensor) -> Tensor:
@@ -33,9 +37,9 @@ def logp_tolerance(dtype: str, lengths: Tensor) -> Tensor:
     return floor + share / lengths.double().sqrt()
 
 
-def discrepancy_tolerance(dtype: str, lengths: Tensor) -> Tensor:
-    """Largest explained D [R], relative to the reference's own features."""
-    floor, share = DISCREPANCY_TOLERANCE[dtype]
+def discrepancy_tolerance(dtype: str, site: Site, lengths: Tensor) -> Tensor:
+    """Largest explained D [R] of an SAE at a site, relative to the reference's own features."""
+    floor, share = (MLP_OUT_TOLERANCE if site == "mlp_out" else DISCREPANCY_TOLERANCE)[dtype]
     return floor + share / lengths.double()
 
 
@@ -52,7 +56,7 @@ def check_start(
     loss: BatchLoss,
     cached: CachedBatch,
     batch: PairBatch,
-    labels: Sequence[str],
+    saes: Sequence[JobSae],
     settings: TrainSettings,
     dtype: str,
 ) -> None:
@@ -62,7 +66,7 @@ def check_start(
         loss: of the first batch.
         cached: its reference side.
         batch: the pairs.
-        labels: of each SAE's cache, for messages.
+        saes: the SAEs, whose caches they are.
         settings: the recipe's ``train`` section.
         dtype: of the reference pass.
 
@@ -70,7 +74,7 @@ def check_start(
         FPOError: naming the cache that disagrees, by how much, and what to do.
     """
     faults = []
-    for label, said, values, explained in _measured(loss, cached, batch, labels, settings, dtype):
+    for label, said, values, explained in _measured(loss, cached, batch, saes, settings, dtype):
         beyond = (values / explained).nan_to_num(nan=torch.inf)
         worst = int(torch.argmax(beyond))
         if not float(beyond[worst]) <= 1:
@@ -91,7 +95,7 @@ def _measured(
     loss: BatchLoss,
     cached: CachedBatch,
     batch: PairBatch,
-    labels: Sequence[str],
+    saes: Sequence[JobSae],
     settings: TrainSettings,
     dtype: str,
 ) -> Iterator[_Measured]:
@@ -99,8 +103,8 @@ def _measured(
     said = "the cached log-probs differ from the policy's by {:.3g} nats a token"
     yield _Measured("reference", said, drift, logp_tolerance(dtype, batch.lengths))
     said = "the discrepancy is {:.3g} of the features' own size"
-    explained = discrepancy_tolerance(dtype, batch.lengths)
-    for label, discrepancy, scale in _discrepancies(loss, cached, batch, labels, settings):
+    for label, site, discrepancy, scale in _discrepancies(loss, cached, batch, saes, settings):
+        explained = discrepancy_tolerance(dtype, site, batch.lengths)
         relative = (discrepancy / scale.clamp_min(1e-12)).double()
         yield _Measured(label, said, relative, explained)
 
@@ -109,10 +113,10 @@ def _discrepancies(
     loss: BatchLoss,
     cached: CachedBatch,
     batch: PairBatch,
-    labels: Sequence[str],
+    saes: Sequence[JobSae],
     settings: TrainSettings,
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Label, D [R] and the mean square [R] of the reference's top features, a cache each."""
+) -> Iterator[tuple[str, Site, Tensor, Tensor]]:
+    """Label, site, D [R] and the mean square [R] of the reference's top features, a cache each."""
 
     def mean_square(features: CachedFeatures) -> Tensor:
         return features.top.values[:, : settings.k].square().sum(1) / settings.k
@@ -123,7 +127,9 @@ def _discrepancies(
         lengths = batch.lengths.tolist()
         tokens = [mean_square(features).split(lengths) for features in cached.tokens]
         scales = [torch.stack([part.mean() for part in parts]) for parts in tokens]
-    yield from zip(labels, loss.sae_discrepancies, scales, strict=True)
+    for sae, discrepancy, scale in zip(saes, loss.sae_discrepancies, scales, strict=True):
+        yield sae.label, sae.hookpoint.site, discrepancy, scale
     if settings.groups:
-        label = f"{labels[0]}, train.groups"
-        yield label, loss.groups.max(1).values, mean_square(cached.pooled[0])
+        first, changed = saes[0], loss.groups.max(1).values
+        label = f"{first.label}, train.groups"
+        yield label, first.hookpoint.site, changed, mean_square(cached.pooled[0])

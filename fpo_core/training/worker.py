@@ -195,8 +195,8 @@ class Trainer:
         out: PairForward = self.engine(batch, self.loss.live(batch))
         loss = self.loss(batch, out, cached)
         if step == 1 and self.job.reference:
-            labels = [sae.label for sae in self.job.saes]
-            check_start(loss, cached, batch, labels, self.job.settings, self.job.reference_dtype)
+            job = self.job
+            check_start(loss, cached, batch, job.saes, job.settings, job.reference_dtype)
         if not torch.isfinite(loss.losses).all():
             file = self.job.output / BAD_BATCH_FILE.format(step=step, rank=self.rank)
             raise keep_bad_batch(file, step, examples, loss)

@@ -82,7 +82,7 @@ def test_an_sae_that_does_not_belong_there_is_refused_in_words(fpo, tmp_path, ca
 def test_prompts_without_bos_are_refused_for_an_sae_that_had_it(fpo, tmp_path):
     recipe = save_recipe(tmp_path / "r")
     tokenizer = make_tokenizer()
-    tokenizer.bos_token = "<|im_end|>"  # noqa: S105 - which the template does not begin with
+    tokenizer.bos_token = tokenizer.eos_token  # which the template does not begin with
     tokenizer.save_pretrained(tmp_path / "r" / "model")
     assert run(fpo, recipe, tmp_path / "store", "--only", "tokenize").code == 0
     assert run(fpo, recipe, tmp_path / "store", "--only", "reference").code == 0

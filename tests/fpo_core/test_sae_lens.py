@@ -1,5 +1,6 @@
 """sae-lens' disk format, of all its versions: ours against sae-lens' own encode and decode."""
 
+import importlib
 import json
 
 import pytest
@@ -98,7 +99,7 @@ def test_trained_batch_topk_saved_for_inference(tmp_path, architecture):
 
 
 def test_every_architecture_of_sae_lens_is_read_or_refused_with_a_reason():
-    import sae_lens  # noqa: F401 - registers them
+    importlib.import_module("sae_lens")  # registers them
     from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
     for architecture in {**SAE_CLASS_REGISTRY, **SAE_TRAINING_CLASS_REGISTRY}:

@@ -35,7 +35,6 @@ pytestmark = pytest.mark.slow  # importing sae-lens takes seconds
 @pytest.fixture
 def on_the_hub(tmp_path, monkeypatch):
     """A folder that sae-lens' loaders take for every repository of the hub; the cache is empty."""
-    import sae_lens  # noqa: F401
     from sae_lens.loading import pretrained_sae_loaders as loaders
 
     folder = tmp_path / "hub"
