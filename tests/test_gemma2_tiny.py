@@ -6,7 +6,7 @@ What the stages stored is compared with transformers' own forward pass and with 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -16,10 +16,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli.main import main
 from fpo_core.models import random_gemma
+from fpo_core.models.budget import TokenBudget
+from fpo_core.models.load import load_model
+from fpo_core.offline import WantedFeatures, score_shard
 from fpo_core.recipe import load_recipe
+from fpo_core.recipe.schema import FeatureSettings
+from fpo_core.sae.coder import load_coder
+from fpo_core.training.start_gate import discrepancy_tolerance
 from storage.artifact import Artifact
 from storage.catalog import list_artifacts
 from storage.location import open_store
+from storage.schemas import FEATURES_POOLED
+from tasks.arrow import to_table
+from tasks.offline import read_pair_ids
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -188,10 +197,60 @@ def test_both_saes_explain_the_model_and_pass_the_gate(made, fpo):
         assert gate["fits"]
         assert gate["declared"]["l0"] == random_gemma.L0
         assert gate["l0"] == pytest.approx(random_gemma.L0, rel=0.2)
-    # bfloat16 rounds an MLP's features more than the stream's: no cache of another model.
     trained = fpo("run", "gemma2-tiny", *FEW, "--set", also, "--only", "train")
     assert trained.code == 0, trained.err
     assert "FVU" in trained.err
+
+
+def discrepancies(ours: pl.DataFrame, theirs: pl.DataFrame, k: int = 50) -> np.ndarray:
+    """Each response's D by Eq. 10, relative to the mean square of our top features."""
+    found = []
+    for (mine, size), (others, other_size) in zip(
+        *(table.select("indices", "values").iter_rows() for table in (ours, theirs)), strict=True
+    ):
+        one, other = np.zeros(random_gemma.D_SAE), np.zeros(random_gemma.D_SAE)
+        one[mine], other[others] = size, other_size
+        both = [*{*mine[:k], *others[:k]}]
+        found.append(np.square(one - other)[both].sum() / np.square(size[:k]).sum())
+    return np.array(found)
+
+
+def test_bfloat16_starts_training_at_either_site_and_another_model_does_not(made):
+    """The start gate's bounds: an MLP's features are rounded beyond what the stream's are."""
+    settings = FeatureSettings(cache_k="all", tokens_share=0.0)
+    saes = [
+        WantedFeatures(load_coder(made.folder / "gemma2-tiny" / place), hookpoint, settings)
+        for place, hookpoint in random_gemma.SAE_HOOKS.items()
+    ]
+    artifact = made.artifacts["pairs"]
+    shards = (artifact.table(shard=shard) for shard in range(artifact.num_shards()))
+    pairs = [pair for table in shards for pair in read_pair_ids(table)]
+
+    def pooled(model: Any) -> list[pl.DataFrame]:
+        budget = TokenBudget(2048, given=False)
+        scores = score_shard(model, pairs, saes, want_reference=False, budget=budget)
+        tables = (to_table(found.pooled, FEATURES_POOLED) for found in scores.features)
+        return [pl.DataFrame(pl.from_arrow(table)) for table in tables]
+
+    folder = made.artifacts["sft"].folder("model")
+    exact, rounded = (
+        pooled(load_model(folder, dtype=dtype, attention="eager"))
+        for dtype in ("float32", "bfloat16")
+    )
+    other = random_gemma.random_model(random_gemma.TOKENS, seed=1)
+    other.set_attn_implementation("eager")
+    other = pooled(other)
+    shares = {}
+    for number, sae in enumerate(saes):
+        site = sae.hookpoint.site
+        lengths = torch.tensor(exact[number]["n_tokens"].to_list())
+        bounds = discrepancy_tolerance("bfloat16", site, lengths).numpy()
+        rounding = discrepancies(rounded[number], exact[number])
+        assert (rounding < bounds).all()
+        assert (discrepancies(other[number], exact[number]) > 5 * bounds).all()
+        stream = discrepancy_tolerance("bfloat16", "resid_post", lengths).numpy()
+        shares[site] = (rounding / stream).max()
+    assert shares["mlp_out"] > shares["resid_post"]
 
 
 def test_the_evaluation_has_its_metrics_and_answers(made):
