@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
+
+from fpo_core.sae import coder
 
 D_IN, D_SAE = 16, 48
 WEIGHTS = {
@@ -51,7 +54,9 @@ def same_as_sae_lens(ours, theirs, x: torch.Tensor) -> None:
     assert 0 < int((acts > 0).sum()) < acts.numel()
     close(ours.encode(x), acts)
     close(ours.decode(acts, x), theirs.decode(acts))
-    token, feature, value = ours.active(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coder, "CHUNK_ELEMENTS", 70 * D_SAE)  # more than one chunk
+        token, feature, value = ours.active(x)
     assert torch.equal(torch.tensor(token), acts.nonzero()[:, 0])
     assert torch.equal(torch.tensor(feature), acts.nonzero()[:, 1])
     close(torch.tensor(value), acts[token, feature])

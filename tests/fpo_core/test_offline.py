@@ -271,8 +271,36 @@ def test_tables_of_made_up_activations(pairs, data):
     every = np.concatenate(list(dense.values()))
     np.testing.assert_array_equal(stats["active"], (every > 0).sum(0))
     np.testing.assert_array_equal(stats["max"], every.max(0))
-    for feature, values in enumerate(stats["example_values"]):
-        np.testing.assert_array_equal(values, [v for v in np.sort(every[:, feature])[:-3:-1] if v])
+    for feature in range(d_sae):
+        ranked = sorted(
+            (-acts[position, feature], response, position)
+            for response, acts in dense.items()
+            for position in np.flatnonzero(acts[:, feature])
+        )
+        names = ("values", "responses", "positions")
+        found = zip(*(stats[f"example_{name}"][feature] for name in names), strict=True)
+        assert [(-value, *place) for value, *place in found] == ranked[:2]
+
+
+def test_which_tokens_are_drawn_does_not_depend_on_the_batches(pairs):
+    settings = FeatureSettings(tokens_share=0.4)
+    lengths = np.full(2 * len(pairs), 30)
+    nothing = ActiveFeatures(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, np.float32)))
+
+    def drawn(batches):
+        tables = FeatureTables(pairs, 3, settings)
+        for batch in batches:
+            tokens = ScoredTokens(np.array(batch), lengths[batch], np.zeros(30 * len(batch), int))
+            tables.add(tokens, nothing)
+        columns = tables.columns().tokens
+        names = (columns[name].tolist() for name in ("pair_id", "side", "position"))
+        return list(zip(*names, strict=True))
+
+    every = list(range(2 * len(pairs)))
+    whole = drawn([every])
+    assert 0.25 < len(whole) / lengths.sum() < 0.55
+    assert drawn([every[4:], every[:4]]) == whole
+    assert len({position for *_, position in whole}) == 30  # not the same in each response
 
 
 def test_a_prompt_is_computed_once_where_that_pays(pairs, sae):
