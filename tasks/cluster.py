@@ -28,17 +28,20 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def check_ray(settings: InferenceSettings) -> None:
-    """Refuse Ray where it is not installed.
+    """Refuse Ray where it is not installed, or no cluster answers where the recipe has one.
 
     Raises:
-        FPOError: with the command that installs it.
+        FPOError: with what to do.
     """
-    missing = settings.runner == "ray" and importlib.util.find_spec("prefect_ray") is None
-    if missing:
+    if settings.runner != "ray":
+        return
+    if importlib.util.find_spec("prefect_ray") is None:
         raise FPOError(
             "resources.inference.runner=ray needs the package prefect-ray, which is not installed: "
             "run `pip install 'fpo-pipeline[ray]'` in this environment, or leave the setting out"
         )
+    if settings.address is not None:
+        _check_answers(settings.address)
 
 
 @contextmanager
@@ -49,8 +52,6 @@ def ray_cluster(settings: InferenceSettings) -> Iterator[Any]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if settings.address is None:
         options |= _own_cluster(settings)
-    else:
-        _check_answers(settings.address)
     # Ray first: prefect-ray's lazy import of it would load its exceptions a second time.
     ray_error = importlib.import_module("ray.exceptions").RayError
     from prefect_ray import RayTaskRunner

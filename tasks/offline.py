@@ -200,6 +200,7 @@ def score_shards(run: PipelineRun, writers: Mapping[str, ArtifactWriter]) -> int
     todo = _missing(pairs.num_shards(), writers)
     if not todo:
         return 0
+    _check_budget(run, pairs, todo)
     tokens = 0
     with Progress(" + ".join(writers), total=_expected(pairs, todo), unit="token") as progress:
         for done in _computed(run, writers, todo, progress):
@@ -240,6 +241,18 @@ def _missing(shards: int, writers: Mapping[str, ArtifactWriter]) -> list[Todo]:
         for shard in range(shards)
     )
     return [work for work in every if work.stages]
+
+
+def _check_budget(run: PipelineRun, pairs: Artifact, todo: Sequence[Todo]) -> None:
+    """Refuse a budget that the recipe gives and that some pair exceeds, before the first pass."""
+    from fpo_core.models.budget import TokenBudget
+
+    given = run.recipe.resources.inference.tokens_per_batch
+    if given == "auto":
+        return
+    shards = (read_pair_ids(pairs.table(shard=work.shard)) for work in todo)
+    longest = (max(shard, key=lambda pair: pair.length) for shard in shards)
+    TokenBudget(given).check([max(longest, key=lambda pair: pair.length)])
 
 
 def _expected(pairs: Artifact, todo: Sequence[Todo]) -> int | None:

@@ -271,7 +271,8 @@ def prepare_run(
             f"JSONL file)"
         )
     stages = selected_stages(plan, first, only)
-    check_ray(settings.resources.inference)
+    if any(kind_of(stage) in ("reference", "features") for stage in stages):
+        check_ray(settings.resources.inference)
     if {"sft", "train"} & set(stages):
         run_hosts(settings.resources)  # a bad hostfile is told before the hours ahead of training
     return PipelineRun(settings, artifacts, plan, frozenset(stages if force else ())), stages

@@ -386,3 +386,15 @@ def test_help_teaches_by_example(fpo):
     assert "fpo run quickstart --set train.method=dpo" in fpo("--help").out
     assert "fpo run quickstart --from train --force" in fpo("run", "--help").out
     assert fpo().code in (0, 2)
+
+
+def test_a_token_budget_below_the_longest_pair_of_any_shard_is_told_first(fpo, copied):
+    pairs = pl.read_parquet(next(copied.store.glob("artifacts/pairs/*/data")) / "*.parquet")
+    parts = [pl.col(f"{part}_ids").list.len() for part in ("prompt", "chosen", "rejected")]
+    longest = pairs.select("pair_id", tokens=pl.sum_horizontal(parts)).sort("tokens")[-1]
+    pair_id, tokens = longest.row(0)
+    settings = ("--set", "features.examples=3", "--set", "resources.inference.tokens_per_batch=9")
+    result = run(fpo, copied.recipe, copied.store, "--only", "features", *settings)
+    assert result.code == 1
+    assert f"tokens_per_batch=9 is too small for pair {pair_id}, which has {tokens}" in result.err
+    assert "SAE at" not in result.err
