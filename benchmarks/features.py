@@ -38,6 +38,7 @@ from benchmarks.peak import PeakMemory
 from benchmarks.real_pairs import real_pairs
 from fpo_core.data.batches import PairIds, attention_mask, batches_by_length, collate
 from fpo_core.hookpoint import Hookpoint
+from fpo_core.models.attention import parts_for
 from fpo_core.models.budget import CPU_TOKENS, TokenBudget
 from fpo_core.models.forward import scored_activations
 from fpo_core.models.hooks import StopForward, capture_activations
@@ -178,7 +179,7 @@ def _forward(model: Any, batches: Sequence[Any]) -> None:
         with capture_activations(model, [HERE], stop=True), suppress(StopForward):
             decoder(
                 input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids,
-                use_cache=False,
+                use_cache=False, **parts_for(decoder.config, batch),
             )  # fmt: skip
 
 

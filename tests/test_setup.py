@@ -194,9 +194,7 @@ def test_installs_the_lock_then_does_nothing_until_it_changes(tree: Tree) -> Non
     assert tree.ask("import tiny, alone; print(tiny.version, alone.version)") == "1.0 2.0"
     assert tree.ask("import backend; print(backend.__file__)") == str(tree.root / "backend.py")
 
-    start = time.monotonic()
-    assert tree.set_up() == (0, "")
-    assert time.monotonic() - start < 5  # well under a second on a machine that is not busy
+    assert tree.set_up() == (0, "")  # without a word: nothing was done
 
     kept = tree.root / ".venv" / "kept"
     kept.touch()

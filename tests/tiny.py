@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fpo_core.models.attention import attention_by_parts
 from fpo_core.models.random_gemma import fit_decoder
 
 HIDDEN, LAYERS, D_SAE, SAE_LAYER = 32, 3, 96, 1
@@ -51,7 +52,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(kind: str = "llama", seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
-    """A random model: ``llama``, or ``gemma2`` with soft-capping and sliding windows."""
+    """A random model: ``llama``, or ``gemma2`` with soft-capping and sliding windows.
+
+    A Llama attends as ``load_model`` has it do on a CPU; ``llama-masked`` as on a GPU.
+    """
     torch.manual_seed(seed)
     shape = {
         "vocab_size": 400, "hidden_size": HIDDEN, "intermediate_size": 64,
@@ -59,8 +63,11 @@ def make_model(kind: str = "llama", seed: int = 0, **overrides: Any) -> LlamaFor
         "head_dim": 8, "max_position_embeddings": 512, "initializer_range": 0.2,
         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
     }  # fmt: skip
-    if kind == "llama":
+    if kind.startswith("llama"):
         config = LlamaConfig(**{**shape, "tie_word_embeddings": True, **overrides})
+        config._attn_implementation = (
+            "sdpa" if kind == "llama-masked" else attention_by_parts("sdpa", "cpu")
+        )
         return LlamaForCausalLM(config).eval()
     soft = {"sliding_window": 8, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 10.0,
             "query_pre_attn_scalar": 8}  # fmt: skip

@@ -1,8 +1,8 @@
 """A pair as rows of a pass without gradient: its prompt once for both responses, where that pays.
 
-Two responses behind one prompt save the prompt's tokens once; but each row of attention reaches
-over the other response too, which is masked and computed all the same. Short prompts with long
-responses are better off as two rows.
+Two responses behind one prompt save the prompt's tokens once; but with a mask each row of attention
+reaches over the other response too, which is computed all the same. Short prompts with long
+responses are better off as two rows then.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class PromptCost(NamedTuple):
     """Operations of one decoder block."""
 
     token: float  # a token's, but for attention
-    attention: float  # of a query and a key
+    attention: float  # of a query and a key; 0 where nothing is computed that a mask would hide
 
 
 class Row(NamedTuple):

@@ -22,6 +22,7 @@ from fpo_core.logprobs import (
     sum_by_response,
 )
 from fpo_core.models.architectures import decoder_layers
+from fpo_core.models.attention import is_by_parts, parts_for
 from fpo_core.models.hooks import StopForward, capture_activations
 
 
@@ -108,14 +109,18 @@ def _decoder(model: Any, batch: PairBatch) -> Tensor:
         attention_mask=attention_mask(batch, decoder.config, model.dtype),
         position_ids=batch.position_ids,
         use_cache=False,
+        **parts_for(decoder.config, batch),
     ).last_hidden_state
 
 
 def prompt_cost(model: Any) -> PromptCost:
-    """What a token, and what attention costs in this model; every block is alike."""
+    """What a token, and what attention costs in this model; every block is alike.
+
+    By parts, responses of one row cost each other nothing.
+    """
     config = model.get_decoder().config
     block = decoder_layers(model)[0]
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     token = 2.0 * sum(parameter.numel() for parameter in block.parameters())
-    return PromptCost(token, 4.0 * heads * width)
+    return PromptCost(token, 0.0 if is_by_parts(config) else 4.0 * heads * width)

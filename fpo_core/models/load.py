@@ -56,11 +56,13 @@ def load_model(folder: Path, *, dtype: str, attention: str, device: str = "cpu")
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from fpo_core.models.attention import attention_by_parts
+
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
-            attn_implementation=attention,
+            attn_implementation=attention_by_parts(attention, device),
             local_files_only=True,
         )
     except (OSError, ValueError, SafetensorError) as error:

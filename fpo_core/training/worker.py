@@ -21,6 +21,7 @@ from fpo_core.data.batches import batches_by_length, check_vocabulary, collate
 from fpo_core.errors import FPOError
 from fpo_core.logprobs import output_head
 from fpo_core.memory import peak_memory_mb
+from fpo_core.models.attention import attention_by_parts
 from fpo_core.models.forward import PairForward
 from fpo_core.models.load import prepare_cpu
 from fpo_core.recipe.methods import METHODS
@@ -115,7 +116,7 @@ class Trainer:
         return AutoModelForCausalLM.from_pretrained(
             self.job.model_folder,
             dtype=torch.float32,
-            attn_implementation=self.job.attention,
+            attn_implementation=attention_by_parts(self.job.attention, self.device),
             local_files_only=True,
         )
 

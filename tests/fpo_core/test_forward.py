@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.integrations import sdpa_attention
 
 from fpo_core.data.batches import PairIds, batches_by_length, collate
 from fpo_core.data.pairs import PreferencePair
@@ -10,6 +11,7 @@ from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.forward import forward_pairs, scored_activations
 from tests.tiny import SAE_LAYER, make_model, make_tokenizer
 
+KINDS = ["llama", "llama-masked", "gemma2"]
 HOOKS = [Hookpoint(SAE_LAYER)]
 
 PAIRS = [
@@ -34,7 +36,7 @@ def plain(model, prompt, response, layer):
     return picked, seen[0][0][scored]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_pair_rows_equal_separate_responses(kind):
     model = make_model(kind)
     batch = collate(PAIRS, pad_id=3)
@@ -50,7 +52,7 @@ def test_pair_rows_equal_separate_responses(kind):
             torch.testing.assert_close(got, activations, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_padding_and_neighbours_change_nothing(kind):
     model = make_model(kind)
     with torch.no_grad():
@@ -60,7 +62,7 @@ def test_padding_and_neighbours_change_nothing(kind):
             torch.testing.assert_close(alone, together[row], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_padding_on_the_left_gives_the_same_numbers(kind):
     """Log-probs and activations, the latter in the same order of scored tokens."""
     model = make_model(kind)
@@ -74,7 +76,7 @@ def test_padding_on_the_left_gives_the_same_numbers(kind):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_pair_rows_equal_transformers_own_padding(kind, side):
     """One response a row, padded on either side, with the masks that transformers makes itself."""
@@ -134,7 +136,7 @@ def test_stopping_early_gives_the_same_activations():
     assert torch.equal(full, early)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_hookpoints_are_transformers_own_tensors(kind):
     """``hidden_states`` of transformers: after block l at l + 1, the last one after the norm."""
     model = make_model(kind)
@@ -150,6 +152,31 @@ def test_hookpoints_are_transformers_own_tensors(kind):
         torch.testing.assert_close(value[:3], states[state][0, 2:5], rtol=1e-5, atol=1e-5)
         assert torch.equal(value, early)
     torch.testing.assert_close(found[2][:3], after_norm)
+
+
+def test_attention_by_parts_has_the_masks_gradients(monkeypatch):
+    """In float64, on either side's padding, with no call of the masked attention."""
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", None)
+    grads = []
+    for kind in ("llama", "llama-masked"):
+        model = make_model(kind).double().train()
+        for side in ("right", "left"):
+            out = forward_pairs(model, collate(PAIRS, padding_side=side), HOOKS)
+            (out.logps.sum() + out.activations[0].square().sum()).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, masked in grads[1].items():
+        torch.testing.assert_close(grads[0][name], masked, rtol=1e-9, atol=1e-9)
+
+
+def test_a_model_that_attends_by_parts_generates_and_saves_as_any_other(tmp_path):
+    model, masked = make_model(), make_model("llama-masked")
+    ids = torch.tensor([[3, 3, 5, 9, 13], [5, 6, 7, 8, 9]])
+    options = {"attention_mask": (ids != 3).long(), "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), masked.generate(ids, **options))
+    model.save_pretrained(tmp_path / "parts")
+    masked.save_pretrained(tmp_path / "masked")
+    written = [(tmp_path / name / "config.json").read_text() for name in ("parts", "masked")]
+    assert written[0] == written[1]
 
 
 def test_activation_checkpointing_keeps_values_and_gradients():

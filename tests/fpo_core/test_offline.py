@@ -305,9 +305,10 @@ def test_which_tokens_are_drawn_does_not_depend_on_the_batches(pairs):
 
 def test_a_prompt_is_computed_once_where_that_pays(pairs, sae):
     """The rule against the operations counted, and the tables either way."""
-    cost = prompt_cost(make_model())
+    cost = prompt_cost(make_model("llama-masked"))
     weights = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64 + 2 * 32
     assert cost == (2 * weights, 4 * 4 * 8)
+    assert prompt_cost(make_model()) == (2 * weights, 0)  # by parts nothing is masked
     short = PairIds("p", [1], [2] * 300, [3] * 300)
     long = PairIds("p", [1] * 300, [2] * 20, [3] * 20)
     assert [one_row_pays(pair, cost) for pair in (short, long)] == [False, True]

@@ -234,7 +234,7 @@ with open_store({place.url!r}).backend.hold("a", None) as hold:
     started = time.monotonic()
     with backend.hold("a", lambda: None) as hold:
         assert hold is not None
-    assert time.monotonic() - started < 10  # and not the minute that a live one may be silent
+    assert time.monotonic() - started < 50  # and not the minute that a live one may be silent
 
 
 def test_many_processes_never_hold_together(backend, place):

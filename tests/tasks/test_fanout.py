@@ -191,7 +191,7 @@ def test_an_address_where_no_cluster_answers_is_told_at_once():
         ray_cluster(settings),
     ):
         pass
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # Ray itself would try for minutes
 
 
 def test_where_ray_is_not_installed_the_remedy_is_told(monkeypatch):
