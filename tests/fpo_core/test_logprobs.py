@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fpo_core.logprobs import Head, entropies, kl_divergences, selected_logps, sum_by_response
@@ -21,6 +21,8 @@ def naive(hidden, weight, softcap):
     softcap=st.sampled_from([None, 5.0, 30.0]), scale=st.sampled_from([0.1, 1.0, 100.0, 3000.0]),
     seed=st.integers(0, 1000),
 )  # fmt: skip
+# Found once: logits of 60,000 whose terms cancel to within the soft cap's reach.
+@example(tokens=12, vocabulary=7, chunk=1, softcap=5.0, scale=3000.0, seed=222)
 def test_equals_naive_float64(tokens, vocabulary, chunk, softcap, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     hidden = scale * torch.randn(tokens, 8, generator=generator)  # logits beyond 1e4 at the most
@@ -35,9 +37,12 @@ def test_equals_naive_float64(tokens, vocabulary, chunk, softcap, scale, seed):
     expected = naive(h64, w64, softcap).gather(1, targets[:, None]).squeeze(1)
     (expected * upstream.double()).sum().backward()
     size = max(1.0, float(expected.detach().abs().max()))
-    assert (logps.double() - expected).abs().max() <= 2e-6 * size
-    for got, want in ((h.grad, h64.grad), (w.grad, w64.grad)):
+    # What float32 rounds off a logit's terms stays where they cancel.
+    rounding = torch.finfo(torch.float32).eps * float((hidden.abs() @ weight.abs().T).max())
+    assert (logps.double() - expected).abs().max() <= 2e-6 * size + rounding
+    for got, want, factor in ((h.grad, h64.grad, weight), (w.grad, w64.grad, hidden)):
         bound = 1e-4 * max(1.0, float(want.abs().max()))
+        bound += rounding * float(upstream.abs().sum() * factor.abs().max())
         assert (got.double() - want).abs().max() <= bound
 
 
