@@ -12,4 +12,7 @@ Count = Annotated[int, Field(ge=1)]
 class Settings(BaseModel):
     """Base of every section: frozen, strict about unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # pydantic's own words would repeat a key that was put in a wrong place.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True
+    )

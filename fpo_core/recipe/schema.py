@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from fpo_core.hookpoint import Hookpoint, Site
 from fpo_core.recipe.base import Count, NonNegative, Positive, Settings
+from fpo_core.recipe.judge import JudgeSettings
 from fpo_core.recipe.training import SftSettings, TrainSettings
 
 
@@ -308,6 +309,9 @@ class Recipe(Settings):
     features: FeatureSettings = FeatureSettings()
     train: TrainSettings = TrainSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    judge: JudgeSettings | None = Field(
+        default=None, description="who judges answers; without one there are no win rates"
+    )
     monitor: MonitorSettings = MonitorSettings()
     resources: ResourceSettings = ResourceSettings()
     store: StoreSettings = StoreSettings()

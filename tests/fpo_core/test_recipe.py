@@ -1,6 +1,7 @@
 """Recipes: what is accepted, what is refused and in which words, and that every key is read."""
 
 import re
+import traceback
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,13 @@ REFUSED = {
     "port of the system": (
         "", ("resources.master_port=22",), r"master_port: .*greater than or equal to 1024",
     ),
+    "a judge without a model": ("judge: {concurrency: 2}", (), r"'judge\.model' is missing"),
+    "a judge at no address": (
+        "judge: {model: m, base_url: 'localhost:8000/v1'}", (), r"base_url is no http:// or https:",
+    ),
+    "no requests in flight": (
+        "judge: {model: m, concurrency: 0}", (), r"judge\.concurrency: .*greater than or equal to 1",
+    ),
     "no equals sign": ("", ("train.alpha",), r"--set 'train\.alpha': write key\.path=value"),
     "value as section": ("", ("name.x=1",), r"'name' is a value, not a section"),
     "bad YAML": ("train: [", (), r"mine\.yaml: not YAML \("),
@@ -125,6 +133,37 @@ def test_mistakes_are_refused_in_words(tmp_path, case):
     text, overrides, message = REFUSED[case]
     with pytest.raises(RecipeError, match=message):
         load_recipe(save(tmp_path, MINIMAL + text), overrides)
+
+
+def test_a_judge_is_read(tmp_path):
+    text = "judge: {model: m, price: {prompt: 1, reply: 2.5}}\n"
+    recipe = load_recipe(save(tmp_path, MINIMAL + text), ["judge.key_env=null"])
+    judge = recipe.judge
+    assert judge.key_env is None
+    assert (judge.host, judge.concurrency, judge.price.reply) == ("api.openai.com", 8, 2.5)
+    assert load_recipe(save(tmp_path, MINIMAL)).judge is None
+
+
+KEY = "sk-made-up-3kXq81"
+HOLDING_A_KEY = {
+    "as user": {"base_url": f"https://{KEY}@host/v1"},
+    "as password": {"base_url": f"https://me:{KEY}@host/v1"},
+    "in a query": {"base_url": f"https://host/v1?key={KEY}"},
+    "in a fragment": {"base_url": f"https://host/v1#{KEY}"},
+    "at a port": {"base_url": f"https://host:{KEY}/v1"},
+    "as address": {"base_url": KEY},
+    "as variable": {"key_env": KEY},
+    "in a key of its own": {"api_key": KEY},
+}
+
+
+@pytest.mark.parametrize("case", HOLDING_A_KEY)
+def test_a_judges_key_in_a_recipe_is_refused_and_not_repeated(tmp_path, case):
+    values = {f"judge.{name}": value for name, value in HOLDING_A_KEY[case].items()}
+    with pytest.raises(RecipeError, match="judge") as caught:
+        load_recipe(save(tmp_path, MINIMAL), {"judge.model": "m", **values})
+    told = "".join(traceback.format_exception(caught.value))
+    assert KEY not in told
 
 
 def test_a_missing_section_is_named(tmp_path):
@@ -152,7 +191,8 @@ def test_every_setting_is_read_by_the_code():
         path.read_text()
         for package in ("fpo_core", "tasks", "flows", "cli")
         for path in (ROOT / package).rglob("*.py")
-        if path.parent.name != "recipe" or path.name not in ("schema.py", "training.py")
+        if path.parent.name != "recipe"
+        or path.name not in ("schema.py", "training.py", "judge.py")
     ]
     text = "\n".join(sources)
     unread = [
