@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from cli.bench import app as bench_app
 from cli.sae import app as sae_app
 from cli.store import AsJson, StoreUrl
 from cli.store import app as store_app
@@ -212,6 +213,7 @@ def make_tiny_gemma(
 
 app.add_typer(store_app, name="store")
 app.add_typer(sae_app, name="sae")
+app.add_typer(bench_app, name="bench")
 
 
 def main(arguments: list[str] | None = None) -> None:

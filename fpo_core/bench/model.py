@@ -51,7 +51,7 @@ class Score(NamedTuple):
 
     name: str  # "win_rate", "lc_win_rate", "rating", "prompt_strict", …
     label: str
-    unit: str  # "%", "points" or "share"
+    unit: str  # "%", "points", "share", or "verdicts" where they are counted
     value: float
     low: float | None
     high: float | None
