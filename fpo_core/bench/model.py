@@ -64,6 +64,7 @@ class Scored(NamedTuple):
 
     scores: tuple[Score, ...]
     verdicts: tuple[dict[str, Any], ...]  # one flat row a verdict, all with the same keys
+    notes: tuple[str, ...] = ()  # what a reader of the figures has to know, a sentence each
 
 
 class Benchmark(Protocol):
