@@ -106,3 +106,16 @@ FEATURES_SHARD_STATS = _schema(
     _field("example_positions", _list(pa.int32()), "token of the response, from 0"),
     _field("example_values", _list(pa.float32()), "their activations, descending"),
 )
+ANSWERS = _schema(
+    "answers",
+    _field("question_id", pa.string(), "of the benchmark, unique in its pack"),
+    _field("turn", pa.int8(), "of the question, from 0"),
+    _field("temperature", pa.float64(), "that it was sampled at; 0 is greedy"),
+    _field("sample", pa.int32(), "number among the answers at this temperature, from 0"),
+    _field("prompt_ids", _list(pa.int32()), "token ids up to the opener of the answer, or empty"),
+    _field("answer_ids", _list(pa.int32()), "token ids, end of turn included, or empty"),
+    _field("text", pa.string(), "without special tokens and white space at its ends"),
+    _field("stop", pa.string(), "why it ends: `end of turn`, `length`, or an endpoint's word"),
+    _field("tokens", pa.int32(), "sampled, end of turn included; 0 where an endpoint does not say"),
+    _field("seed", pa.int64(), "its own, derived from the settings' and the first four fields"),
+)

@@ -19,8 +19,8 @@ from tasks.run import Outcome, PipelineRun, Work
 from tasks.transfer import local_folder, local_shards
 
 if TYPE_CHECKING:
-    from fpo_core.evaluation.generate import Answer
     from fpo_core.evaluation.heldout import HeldoutScores
+    from fpo_core.generation.answers import Generated
     from fpo_core.training.examples import Example
 
 log = logging.getLogger("fpo.stage")
@@ -93,43 +93,50 @@ def _evaluate(run: PipelineRun, writer: ArtifactWriter) -> Work:
 def _answers(
     run: PipelineRun, policy: Any, reference: Any, tokenizer: Any, examples: list["Example"]
 ) -> list[dict[str, Any]]:
-    from fpo_core.evaluation.generate import Sampling, generate_answers
+    from fpo_core.generation.answers import Prompt, Sampling, prompt_seed
+    from fpo_core.generation.transformers_backend import TransformersBackend, answer_budget
 
     settings = run.recipe.evaluation
     chosen = examples[: settings.prompts]
     if not chosen:
         return []
-    prompts = [list(example.ids.prompt) for example in chosen]
     chat = ChatFormat(tokenizer, run.recipe.data.template)
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.seed)
     end_id = chosen[0].ids.chosen[-1]  # every response ends in the end-of-turn token
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id
-    found: dict[str, list[Answer]] = {}
+    sampling = Sampling(settings.max_new_tokens, stop=(int(end_id),))
+    prompts = [
+        Prompt(
+            pair_id, 0, settings.temperature, 0,
+            prompt_seed(settings.seed, pair_id, 0, settings.temperature, 0), (), list(prompt),
+        )
+        for pair_id, prompt in ((example.ids.pair_id, example.ids.prompt) for example in chosen)
+    ]  # fmt: skip
+    rows = [
+        {"pair_id": prompt.question_id, "prompt": chat.shown_prompt(list(prompt.ids))}
+        for prompt in prompts
+    ]
     with Progress("sampled answers", total=2 * len(prompts), unit="answer") as progress:
         for name, model in (("before", reference), ("after", policy)):
-            found[name] = generate_answers(
-                model, prompts, sampling, end_id=end_id, pad_id=pad_id,
-                on_answers=progress.advance,
-            )  # fmt: skip
-    return [
-        {
-            "pair_id": example.ids.pair_id,
-            "prompt": chat.shown_prompt(prompt),
-            **_answer("before", before, tokenizer),
-            **_answer("after", after, tokenizer),
-        }
-        for example, prompt, before, after in zip(
-            chosen, prompts, found["before"], found["after"], strict=True
-        )
-    ]
+            budget = answer_budget(model, run.recipe.resources.generation_tokens)
+            found = {}
+            for one in TransformersBackend(model, tokenizer, sampling, budget).generate(prompts):
+                found[one.prompt.question_id] = _answer(name, one, model)
+                progress.advance(1)
+            for row in rows:
+                row |= found[row["pair_id"]]
+    return rows
 
 
-def _answer(name: str, answer: "Answer", tokenizer: Any) -> dict[str, Any]:
+def _answer(name: str, answer: "Generated", model: Any) -> dict[str, Any]:
+    from fpo_core.generation.answers import END_OF_TURN
+    from fpo_core.generation.entropy import mean_entropy
+
+    # The end-of-turn token was sampled too: its distribution counts.
+    entropy = mean_entropy(model, answer.prompt.ids, answer.answer_ids)
     return {
-        name: tokenizer.decode(answer.ids, skip_special_tokens=True).strip(),
+        name: answer.text,
         f"{name}_stop": answer.stop,
-        f"{name}_tokens": len(answer.ids),
-        f"{name}_entropy": answer.entropy,
+        f"{name}_tokens": answer.tokens - (answer.stop == END_OF_TURN),
+        f"{name}_entropy": entropy,
     }
 
 

@@ -1,4 +1,4 @@
-"""How many tokens go through a model at a time, without a gradient: found, checked, halved."""
+"""How many tokens a model takes at a time, without a gradient: found, checked, halved."""
 
 import logging
 from collections.abc import Sequence
@@ -22,15 +22,27 @@ USABLE = 0.5
 
 
 class TokenBudget:
-    """Tokens a forward pass, padding included.
+    """Tokens a forward pass, padding included; or tokens held by answers that are generated.
 
     Args:
         tokens: the budget.
         given: whether the recipe says so; one that was found makes room for a long pair.
+        of: what takes so many tokens, for messages.
+        setting: of the recipe, that gives it.
+        longest: setting of the longest that there is.
     """
 
-    def __init__(self, tokens: int, *, given: bool = True) -> None:
+    def __init__(
+        self,
+        tokens: int,
+        *,
+        given: bool = True,
+        of: str = "a forward pass",
+        setting: str = SETTING,
+        longest: str = "data.max_length",
+    ) -> None:
         self.tokens, self._given = tokens, given
+        self._of, self._setting, self._longest = of, setting, longest
         self._halved = False
 
     def check(self, pairs: Sequence[PairIds]) -> None:
@@ -58,15 +70,15 @@ class TokenBudget:
         """
         if self._halved:
             raise FPOError(
-                f"out of memory with {self.tokens} tokens a forward pass, half of what was tried "
-                f"first; lower {SETTING} further, or data.max_length"
+                f"out of memory with {self.tokens} tokens {self._of}, half of what was tried "
+                f"first; lower {self._setting} further, or {self._longest}"
             ) from error
         self._halved, self.tokens = True, max(1, self.tokens // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         log.warning(
-            "out of memory: going on with half the tokens a forward pass, %d (%s)",
-            self.tokens, SETTING,
+            "out of memory: going on with half the tokens %s, %d (%s)",
+            self._of, self.tokens, self._setting,
         )  # fmt: skip
 
 
@@ -92,10 +104,10 @@ def token_budget(model: Any, setting: int | Literal["auto"], longest: int) -> To
     return TokenBudget(tokens, given=False)
 
 
-def affordable_tokens(free: float, per_token: float) -> int:
+def affordable_tokens(free: float, per_token: float, most: int = GPU_TOKENS) -> int:
     """Tokens that half of the free bytes hold: a multiple of 1,024, no more than a GPU needs."""
     fitting = int(USABLE * free / max(per_token, 1.0))
-    return max(1024, min(GPU_TOKENS, fitting) // 1024 * 1024)
+    return max(1024, min(most, fitting) // 1024 * 1024)
 
 
 @torch.no_grad()

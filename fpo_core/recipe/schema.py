@@ -246,6 +246,14 @@ class ResourceSettings(Settings):
     inference: InferenceSettings = Field(
         default=InferenceSettings(), description="of the reference and features stages"
     )
+    generation_tokens: Count | Literal["auto"] = Field(
+        default="auto",
+        description="tokens held while answers are generated, prompts and padding included; "
+        "`auto`: what half of the GPU's free memory holds, 32,768 on a CPU",
+    )
+    generation_requests: Count = Field(
+        default=16, description="requests in flight to an endpoint that generates answers"
+    )
     ranks: Count | None = Field(
         default=None,
         description="training worker processes; default: 1, or as many as the hostfile has slots",

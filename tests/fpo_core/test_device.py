@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from fpo_core.evaluation.generate import Sampling, generate_answers
 from fpo_core.evaluation.heldout import BY_PAIR, score_heldout
+from fpo_core.generation.answers import Prompt, Sampling
+from fpo_core.generation.entropy import mean_entropy
+from fpo_core.generation.transformers_backend import TransformersBackend
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.budget import TokenBudget
 from fpo_core.models.load import inference_device
@@ -23,7 +25,7 @@ from fpo_core.sae.quality import sae_quality
 from fpo_core.training.examples import Example
 from fpo_core.training.feature_shards import CachedSide, PooledFeatures
 from tests.other_device import DEVICE, other_device
-from tests.tiny import SAE_LAYER, make_model, save_sae
+from tests.tiny import SAE_LAYER, make_model, make_tokenizer, save_sae
 
 SETTINGS = FeatureSettings(cache_k=10, tokens_k=4, examples=3)
 SAES = {
@@ -101,18 +103,31 @@ def test_held_out_pairs_and_answers(device, pairs, tmp_path):
             policy, reference, examples, AttachedSae(coder.to(name), Hookpoint(SAE_LAYER)),
             k=4, tokens_per_batch=64,
         )  # fmt: skip
-        prompts = [pair.prompt for pair in pairs]
-        greedy = Sampling(5, 0.0, 0)
-        return scores, generate_answers(policy, prompts, greedy, end_id=1, pad_id=1)
+        prompts = [
+            Prompt(pair.pair_id, 0, temperature, 0, seed, (), pair.prompt)
+            for temperature in (0.0, 1.0)
+            for seed, pair in enumerate(pairs)
+        ]
+        backend = TransformersBackend(
+            policy, make_tokenizer(), Sampling(5, 0.9, (1,)), TokenBudget(64)
+        )
+        answers = {
+            (a.prompt.question_id, a.prompt.temperature): a for a in backend.generate(prompts)
+        }
+        entropies = [
+            mean_entropy(policy, prompt.ids, answers[prompt.question_id, 0.0].answer_ids)
+            for prompt in prompts[: len(pairs)]
+        ]
+        return scores, {name: one.answer_ids for name, one in answers.items()}, entropies
 
-    expected, answers = measure("cpu")
+    expected, answers, entropies = measure("cpu")
     with device.context:
-        found, on_device = measure(device.name)
+        found, on_device, found_entropies = measure(device.name)
     for name in (*BY_PAIR, "policy_means", "reference_means"):
         assert isinstance(getattr(found, name), np.ndarray)
         close(getattr(found, name), getattr(expected, name))
-    assert [answer.ids for answer in on_device] == [answer.ids for answer in answers]
-    close([answer.entropy for answer in on_device], [answer.entropy for answer in answers])
+    assert on_device == answers
+    close(found_entropies, entropies)
 
 
 def test_activations_and_quality_of_an_sae(device, tmp_path):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from fpo_core.evaluation.generate import Sampling, generate_answers, mean_entropy
 from fpo_core.evaluation.heldout import HeldoutScores, score_heldout
 from fpo_core.evaluation.metrics import METRICS, bootstrap_draws, estimate, heldout_metrics
+from fpo_core.generation.entropy import mean_entropy
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.sae.coder import AttachedSae, load_coder
 from fpo_core.training.examples import Example
@@ -130,40 +130,6 @@ def test_intervals_equal_scipys_percentile_bootstrap():
     assert ours.value == values.mean()
     assert ours.low == pytest.approx(theirs.low, abs=0.01)
     assert ours.high == pytest.approx(theirs.high, abs=0.01)
-
-
-def test_greedy_answers_do_not_depend_on_what_they_are_batched_with():
-    model = make_model()
-    prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
-    sampling = Sampling(max_new_tokens=8, temperature=0.0, seed=0)
-    together = generate_answers(model, prompts, sampling, end_id=1, pad_id=1)
-    for prompt, answer in zip(prompts, together, strict=True):
-        (alone,) = generate_answers(model, [prompt], sampling, end_id=1, pad_id=1)
-        assert alone.ids == answer.ids
-        assert alone.entropy == pytest.approx(answer.entropy, rel=1e-4)
-
-
-def test_answers_stop_at_the_end_of_turn_and_say_so():
-    model = make_model()
-    prompt = [5, 6, 7]
-    sampling = Sampling(max_new_tokens=6, temperature=0.0, seed=0)
-    (free,) = generate_answers(model, [prompt], sampling, end_id=399, pad_id=1)
-    assert (free.stop, len(free.ids)) == ("length", 6)
-    end = free.ids[3]
-    (ended,) = generate_answers(model, [prompt], sampling, end_id=end, pad_id=1)
-    assert ended.stop == "end of turn"
-    assert ended.ids == free.ids[: free.ids.index(end)]
-
-
-def test_sampling_is_repeatable_and_seeded():
-    model = make_model()
-    drawn = [
-        generate_answers(
-            model, [[5, 6]], Sampling(12, 1.0, seed), end_id=1, pad_id=1
-        )[0].ids
-        for seed in (0, 0, 1)
-    ]  # fmt: skip
-    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_entropy_is_that_of_the_untempered_distribution():

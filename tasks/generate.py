@@ -1,0 +1,241 @@
+"""Answers to benchmark questions -> the ``answers`` artifact, shard by shard.
+
+A shard is some questions with all their turns, temperatures and samples. Shards do not depend on
+each other, and an answer depends on its own seed alone, so that a killed run goes on where it was
+with the answers that it would have had.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import polars as pl
+import pyarrow as pa
+
+from fpo_core.bench.model import Answers, Question
+from fpo_core.data.tokenize import ChatFormat
+from fpo_core.errors import FPOError
+from fpo_core.generation.answers import END_OF_TURN, LENGTH, Backend, Generated, Sampling
+from fpo_core.generation.prompts import (
+    Wanted,
+    answer_questions,
+    check_prompts,
+    check_questions,
+    end_tokens,
+)
+from fpo_core.models.load import inference_device, load_model, load_tokenizer, prepare_cpu
+from fpo_core.progress import Progress
+from fpo_core.recipe.generation import GenerationSettings
+from fpo_core.recipe.schema import ModelSettings, ResourceSettings
+from storage.artifact import Artifact
+from storage.schemas import ANSWERS
+from storage.writer import ArtifactWriter
+from tasks.run import Work
+
+if TYPE_CHECKING:
+    from fpo_core.generation.answers import Prompt
+
+log = logging.getLogger("fpo.stage")
+
+
+class AnswerSource(NamedTuple):
+    """What answers; a model is loaded only when a shard is missing."""
+
+    chat: ChatFormat | None  # None: an endpoint has its own
+    context: int | None  # tokens that the model can take; None: an endpoint knows
+    open: Callable[[], Backend]
+
+
+def model_source(
+    folder: Path,
+    template: str,
+    settings: GenerationSettings,
+    model: ModelSettings,
+    resources: ResourceSettings,
+) -> AnswerSource:
+    """A model folder, by transformers or vLLM.
+
+    Args:
+        folder: a Hugging Face model folder, such as a policy's.
+        template: chat template, as of ``data.template``.
+        settings: how it answers.
+        model: its dtype and attention.
+        resources: threads and the budget of tokens.
+
+    Raises:
+        FPOError: a tokenizer or chat template that does not serve, or vLLM is not installed.
+    """
+    from transformers import AutoConfig
+
+    from fpo_core.generation.vllm_backend import VllmBackend, check_vllm
+
+    if settings.backend == "vllm":
+        check_vllm()
+    tokenizer = load_tokenizer(folder)
+    chat = ChatFormat(tokenizer, template)
+    sampling = Sampling(settings.max_new_tokens, settings.top_p, end_tokens(chat))
+
+    def by_transformers() -> Backend:
+        from fpo_core.generation.transformers_backend import TransformersBackend, answer_budget
+
+        prepare_cpu(resources.threads)
+        loaded = load_model(
+            folder, dtype=model.dtype, attention=model.attention, device=inference_device()
+        )
+        budget = answer_budget(loaded, resources.generation_tokens)
+        return TransformersBackend(loaded, tokenizer, sampling, budget)
+
+    def by_vllm() -> Backend:
+        return VllmBackend(folder, model.dtype, tokenizer, sampling)
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    return AnswerSource(
+        chat, config.max_position_embeddings,
+        by_vllm if settings.backend == "vllm" else by_transformers,
+    )  # fmt: skip
+
+
+def endpoint_source(settings: GenerationSettings, resources: ResourceSettings) -> AnswerSource:
+    """The endpoint that the settings name.
+
+    Raises:
+        FPOError: the openai package or the key is missing.
+    """
+    from fpo_core.generation.endpoint import EndpointBackend
+
+    assert settings.base_url is not None
+    assert settings.model is not None
+    backend = EndpointBackend(
+        settings.base_url, settings.model, settings.key_env,
+        Sampling(settings.max_new_tokens, settings.top_p), resources.generation_requests,
+    )  # fmt: skip
+    return AnswerSource(None, None, lambda: backend)
+
+
+def write_answers(
+    writer: ArtifactWriter,
+    questions: Sequence[Question],
+    settings: GenerationSettings,
+    source: AnswerSource,
+) -> Work:
+    """Answer the questions of the shards that are missing, and write them.
+
+    Args:
+        writer: of the ``answers`` artifact.
+        questions: the benchmark's, or the first of them.
+        settings: which answers, and how they are sampled.
+        source: what answers.
+
+    Raises:
+        FPOError: questions or prompts that cannot be answered.
+    """
+    check_questions(questions)
+    if source.chat is not None:
+        assert source.context is not None
+        check_prompts(questions, source.chat, settings.max_new_tokens, source.context)
+    wanted = Wanted(settings.temperatures, settings.samples, settings.seed)
+    size = settings.shard_questions
+    shards = [questions[start : start + size] for start in range(0, len(questions), size)]
+    finished = writer.finished_shards()
+    missing = [number for number in range(len(shards)) if number not in finished]
+    tokens = 0
+    if missing:
+        backend = source.open()
+        total = _answers_of(questions, wanted)
+        done = total - sum(_answers_of(shards[number], wanted) for number in missing)
+        with Progress("answers", total=total, unit="answer", done=done) as progress:
+            for number in missing:
+                rows = []
+                for answer in answer_questions(backend, shards[number], wanted, source.chat):
+                    rows.append(answer)
+                    tokens += answer.tokens
+                    progress.advance(1)
+                writer.put_shard(number, {"": _table(rows, shards[number], wanted)})
+    return Work(_stats(writer), tokens)
+
+
+def _answers_of(questions: Sequence[Question], wanted: Wanted) -> int:
+    return sum(len(question.turns) for question in questions) * len(list(wanted.each()))
+
+
+def _table(
+    answers: Sequence[Generated], questions: Sequence[Question], wanted: Wanted
+) -> pa.Table:  # fmt: skip
+    """A shard's rows in the questions' order, whatever order they were answered in."""
+    place = {question.id: number for number, question in enumerate(questions)}
+    order = {one: number for number, one in enumerate(wanted.each())}
+
+    def key(prompt: "Prompt") -> tuple[int, int, int]:
+        return place[prompt.question_id], order[prompt.temperature, prompt.sample], prompt.turn
+
+    rows = [_row(answer) for answer in sorted(answers, key=lambda answer: key(answer.prompt))]
+    return pa.Table.from_pylist(rows, schema=ANSWERS)
+
+
+def _row(answer: Generated) -> dict[str, object]:
+    prompt = answer.prompt
+    return {
+        "question_id": prompt.question_id,
+        "turn": prompt.turn,
+        "temperature": prompt.temperature,
+        "sample": prompt.sample,
+        "prompt_ids": prompt.ids,
+        "answer_ids": answer.answer_ids,
+        "text": answer.text,
+        "stop": answer.stop,
+        "tokens": answer.tokens,
+        "seed": prompt.seed,
+    }
+
+
+def _stats(writer: ArtifactWriter) -> dict[str, object]:
+    """Over all shards, those of earlier attempts too."""
+    tables = [
+        writer.read_table("", receipt, ["text", "tokens", "stop"])
+        for _, receipt in sorted(writer.finished_shards().items())
+    ]
+    frame = pl.DataFrame(pa.concat_tables(tables))
+    cut = int(frame["stop"].eq(LENGTH).sum()) / len(frame)
+    neither = frame.filter(~pl.col("stop").is_in([LENGTH, END_OF_TURN]))["stop"]
+    if len(neither):
+        log.warning("%d answers ended for another reason: %s", len(neither),
+                    ", ".join(sorted(set(neither))))  # fmt: skip
+    log.info("%d answers, %.1f %% of them cut off at max_new_tokens", len(frame), 100 * cut)
+    return {
+        "answers": len(frame), "tokens": int(frame["tokens"].sum()), "cut_share": cut,
+        "empty": int(frame["text"].eq("").sum()),
+    }  # fmt: skip
+
+
+def read_answers(artifact: Artifact, model: str, temperature: float, sample: int = 0) -> Answers:
+    """The answers of one temperature and sample, a question's turns together.
+
+    Args:
+        artifact: of ``write_answers``.
+        model: name to show them under.
+        temperature: one of the artifact's.
+        sample: number of the sample.
+
+    Raises:
+        FPOError: it holds no such answers, naming those it holds.
+    """
+    columns = ["question_id", "turn", "temperature", "sample", "text"]
+    frame = artifact.scan().select(columns).collect()
+    chosen = frame.filter(
+        pl.col("temperature") == temperature,
+        pl.col("sample") == (sample if temperature > 0 else 0),
+    )
+    if chosen.is_empty():
+        held = frame.select("temperature", "sample").unique().sort("temperature", "sample")
+        raise FPOError(
+            f"{artifact.name} holds no answers at temperature {temperature:g}, sample {sample}; it "
+            f"holds (temperature, sample) {', '.join(f'({t:g}, {s})' for t, s in held.iter_rows())}"
+        )
+    turns: defaultdict[str, list[str]] = defaultdict(list)
+    for name, text in chosen.sort("turn", maintain_order=True).select(
+        "question_id", "text"
+    ).iter_rows():  # fmt: skip
+        turns[name].append(text)
+    return Answers(model, {name: tuple(texts) for name, texts in turns.items()})
