@@ -19,7 +19,7 @@ from fpo_core.report.model import FeatureShift, RunReport, Side
 from fpo_core.report.series import Series, read_series, thin
 
 PNG_SCALE = 2
-CURVE_HEIGHT, ROW_HEIGHT = 280, 26
+CURVE_HEIGHT, ROW_HEIGHT, LINE_HEIGHT = 280, 26, 16
 # What layering is typed to return; only layers are made here.
 Chart = alt.LayerChart | alt.FacetChart
 SIDES: tuple[Side, ...] = ("chosen", "rejected")
@@ -164,21 +164,42 @@ def _level(curve: Curve, start: float) -> list[Any]:
 
 def _end_names(series: dict[str, Series], colours: dict[str, str]) -> list[Any]:
     """Each line's name at its right end, moved apart where the lines end close together."""
-    ends = sorted(series, key=lambda name: float(series[name].frame["smooth"][-1]))
     values = [s.frame["value"].to_numpy() for s in series.values()]
-    spread = max(float(v.max()) for v in values) - min(float(v.min()) for v in values)
-    heights = [float(series[name].frame["smooth"][-1]) for name in ends]
-    close = len(ends) == 2 and heights[1] - heights[0] < 0.07 * spread
+    low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+    ends = {name: float(one.frame["smooth"][-1]) for name, one in series.items()}
+    heights = {name: (high - end) / ((high - low) or 1) for name, end in ends.items()}
+    shifts = apart({name: CURVE_HEIGHT * height for name, height in heights.items()})
     layers = []
-    for place, name in enumerate(ends):
-        last = series[name].frame.tail(1)
-        shift = 0 if not close else (8 if place == 0 else -8)
-        text = alt.Chart(last).mark_text(
-            text=name, align="left", dx=8, dy=shift, color=colours[name], fontSize=12,
+    for name, one in series.items():
+        text = alt.Chart(one.frame.tail(1)).mark_text(
+            text=name, align="left", dx=8, dy=shifts[name], color=colours[name], fontSize=12,
             fontWeight=600,
         )  # fmt: skip
         layers.append(text.encode(x="step:Q", y="smooth:Q"))
     return layers
+
+
+def apart(places: dict[str, float]) -> dict[str, float]:
+    """By how much to move each name down so that no two are closer than a line of text.
+
+    Args:
+        places: where each name would stand, in pixels from the top.
+    """
+    # Names that are too close become one block, centred where they would have stood.
+    blocks: list[tuple[list[str], float]] = []  # names from the top, the middle of their block
+    for name in sorted(places, key=lambda name: places[name]):
+        blocks.append(([name], places[name]))
+        while len(blocks) > 1:
+            (upper, above), (lower, below) = blocks[-2:]
+            if below - above >= LINE_HEIGHT * (len(upper) + len(lower)) / 2:
+                break
+            names = [*upper, *lower]
+            blocks[-2:] = [(names, sum(places[one] for one in names) / len(names))]
+    return {
+        name: middle + LINE_HEIGHT * (place - (len(names) - 1) / 2) - places[name]
+        for names, middle in blocks
+        for place, name in enumerate(names)
+    }
 
 
 def _feature_figures(features: Sequence[FeatureShift]) -> tuple[Figure, ...]:
