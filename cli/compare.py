@@ -17,8 +17,8 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="RUN RUN...",
-            help="Each a recipe (its newest evaluation), evaluation/VERSION, policy/VERSION, or the "
-            "id of a run; the start of an id or version is enough.",
+            help="Each a recipe (its newest evaluation), evaluation/VERSION, policy/VERSION, or "
+            "the id of a run; the start of an id or version is enough.",
             show_default=False,
         ),
     ] = None,
@@ -33,7 +33,8 @@ def compare(
     Runs are named by the settings in which they differ. Differences are computed pair by pair on
     the same held-out pairs; a metric whose meaning differs between the runs (another SAE, other
     pairs) is left out and said so. The folder receives compare.html, figures/*.png, tables/*.tex
-    and data/*.parquet. With no RUN it lists what could be compared.
+    and data/*.parquet. With no RUN it says
+    which there are.
 
     \b
     Examples:

@@ -9,7 +9,7 @@ refused by name, never put in one table.
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -168,16 +168,16 @@ def in_order(scores: Any, pair_ids: Sequence[str], name: str) -> Any:
 
 def _refusals(runs: Sequence[Measured]) -> list[Refused]:
     """The metrics that depend on something in which the runs differ."""
+    common = set.intersection(*(set(run.heldout.pair_ids) for run in runs))
     why = {
         PAIRS: _differing_ids(runs, PAIRS, lambda run: run.heldout.pair_ids),
         PROMPTS: _differing_ids(runs, PROMPTS, lambda run: run.answered.pair_ids),
-        TOKENS: told_apart(TOKENS, {run.name: _token_digest(run.heldout) for run in runs}),
+        TOKENS: told_apart(TOKENS, {run.name: _tokens(run.heldout, common) for run in runs}),
     }
     for what in (REFERENCE, SAE, SAMPLING):
         why[what] = told_apart(what, {run.name: run.key[what] for run in runs})
     found = []
     for key, definition in {**METRICS, **ANSWER_METRICS}.items():
-        # Other pairs have other tokens: the first reason is the one to tell.
         reason = next((why[what] for what in depends_on(key) if why[what]), "")
         if reason:
             found.append(Refused(key, definition.label, reason))
@@ -223,8 +223,10 @@ def _listed(ids: Sequence[str]) -> str:
     return f"{shown}, ..." if len(ids) > SHOWN_IDS else shown
 
 
-def _token_digest(scores: HeldoutScores) -> str:
-    """One value for the answers' lengths in tokens, whatever the pairs' order."""
-    counts = dict(zip(scores.pair_ids, scores.tokens.astype(int).tolist(), strict=True))
+def _tokens(scores: HeldoutScores, pair_ids: Collection[str]) -> str:
+    """One value for the lengths in tokens of these pairs' answers, whatever the pairs' order."""
+    rows = zip(scores.pair_ids, scores.tokens.astype(int).tolist(), strict=True)
+    counts = {pair_id: tokens for pair_id, tokens in rows if pair_id in pair_ids}
+    total = sum(sum(tokens) for tokens in counts.values())
     text = json.dumps(counts, sort_keys=True).encode()
-    return f"{scores.tokens.sum():,.0f} tokens, {hashlib.sha256(text).hexdigest()[:8]}"
+    return f"{total:,} tokens, {hashlib.sha256(text).hexdigest()[:8]}"

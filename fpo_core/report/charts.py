@@ -14,12 +14,13 @@ import polars as pl
 import vl_convert as vlc
 
 from fpo_core.report import palette
-from fpo_core.report.human import NARROW, number, percent
+from fpo_core.report.human import NARROW, number, percent, printable
 from fpo_core.report.model import FeatureShift, RunReport, Side
 from fpo_core.report.series import Series, read_series, thin
 
 PNG_SCALE = 2
 CURVE_HEIGHT, ROW_HEIGHT, LINE_HEIGHT = 280, 26, 16
+AROUND = 95  # pixels of a chart's height that title and axis take
 # What layering is typed to return; only layers are made here.
 Chart = alt.LayerChart | alt.FacetChart
 SIDES: tuple[Side, ...] = ("chosen", "rejected")
@@ -126,7 +127,7 @@ def layers(
     domain = alt.Scale(domain=[0, 1]) if curve.shares else alt.Scale(zero=False, nice=True)
     # The page writes a narrow space before a percent sign; d3's own format has none.
     shares = f"format(100 * datum.value, '.0f') + '{NARROW}%'"
-    axis = alt.Axis(labelExpr=shares) if curve.shares else alt.Axis(format="~g", tickCount=5)
+    axis = alt.Axis(labelExpr=shares) if curve.shares else alt.Axis(format="~r", tickCount=5)
     layers: list[Any] = []
     for name, one in series.items():
         points = thin(one.frame)
@@ -168,7 +169,7 @@ def _end_names(series: dict[str, Series], colours: dict[str, str]) -> list[Any]:
     low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
     ends = {name: float(one.frame["smooth"][-1]) for name, one in series.items()}
     heights = {name: (high - end) / ((high - low) or 1) for name, end in ends.items()}
-    shifts = apart({name: CURVE_HEIGHT * height for name, height in heights.items()})
+    shifts = apart({name: (CURVE_HEIGHT - AROUND) * height for name, height in heights.items()})
     layers = []
     for name, one in series.items():
         text = alt.Chart(one.frame.tail(1)).mark_text(
@@ -284,7 +285,7 @@ def _title(title: str, subtitle: str) -> alt.TitleParams:
 
 def figure(name: str, chart: Chart, title: str, caption: str) -> Figure:
     """A chart drawn, with its caption."""
-    spec = chart.to_dict()
+    spec = _drawable(chart.to_dict())  # a control character in it ends the process
     spec |= {
         "autosize": {"type": "fit", "contains": "padding"},
         "background": palette.SURFACE.light,
@@ -296,6 +297,15 @@ def figure(name: str, chart: Chart, title: str, caption: str) -> Figure:
     png = vlc.svg_to_png(svg, scale=PNG_SCALE)
     label = f"Chart: {title}. {caption}".replace(NARROW, " ")
     return Figure(name, _inline(svg, name), png, label, caption)
+
+
+def _drawable(value: Any) -> Any:
+    """A specification whose every text can be part of a drawing."""
+    if isinstance(value, dict):
+        return {printable(name): _drawable(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_drawable(inner) for inner in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _inline(svg: str, name: str) -> str:

@@ -14,7 +14,9 @@ import polars as pl
 
 from fpo_core.report import palette
 from fpo_core.report.charts import (
+    AROUND,
     CURVE_HEIGHT,
+    LINE_HEIGHT,
     SIDES,
     Chart,
     Curve,
@@ -33,6 +35,7 @@ from fpo_core.report.series import Series, read_series
 LONGEST_NAME, MOST_NAMED = 18, 8  # beyond them runs are called by letters
 PARTS = (*SIDES, "margin")
 PLANE_HEIGHT, BAR_HEIGHT, BAR_LABELS = 340, 34, 90
+NEAR, ABOVE = 0.2, 9  # share of the width within which names collide; pixels above their point
 KL = {
     part: Curve(f"kl_{part}", f"KL to the reference, {part}", "nats an answer, on held-out pairs")
     for part in SIDES
@@ -108,6 +111,8 @@ class Style:
         tones = [palette.RUNS[n % len(palette.RUNS)] for n in range(len(names))]
         self.colours = {name: tone.light for name, tone in zip(names, tones, strict=True)}
         self._short = short
+        # A chart grows by its legend, so that what is drawn stays as high.
+        self.legend = 0 if short else LINE_HEIGHT * len(names)
 
     def title(self, title: str, subtitle: str, shown: Sequence[str]) -> alt.TitleParams:
         """A chart's title; where runs are called by letters, with a line for each."""
@@ -162,7 +167,10 @@ def _curve(style: Style, curve: Curve, found: dict[str, Series]) -> Drawing:
     tagged = {style.tags[name]: series for name, series in found.items()}
     colours = {style.tags[name]: style.colours[name] for name in found}
     chart = layers(curve, tagged, colours, named=True)
-    chart = chart.properties(title=style.title(curve.title, curve.subtitle, list(found)))
+    chart = chart.properties(
+        height=CURVE_HEIGHT + style.legend,
+        title=style.title(curve.title, curve.subtitle, list(found)),
+    )
     ends = [f"{name} {number(series.last)}" for name, series in found.items()]
     data = pl.concat(
         series.frame.select(pl.lit(name).alias("run"), "step", "value", "smooth")
@@ -194,11 +202,7 @@ def _plane(report: ComparisonReport, style: Style) -> tuple[tuple[Drawing, ...],
             for name, _, _, x, y in points
         ]
     )  # fmt: skip
-    lows, highs = data["entropy_low"].to_list(), data["entropy_high"].to_list()
-    span = (max(highs) - min(lows)) or 1
-    shifts = apart(
-        {tag: PLANE_HEIGHT * (max(highs) - y.value) / span - 9 for _, tag, _, _, y in points}
-    )
+    shifts = _label_shifts(data, [tag for _, tag, _, _, _ in points])
     shares = f"format(100 * datum.value, '.0f') + '{NARROW}%'"
     scale = alt.Scale(zero=False, nice=True, padding=12)
     across = alt.X("accuracy:Q").title("accuracy").scale(scale)
@@ -217,7 +221,7 @@ def _plane(report: ComparisonReport, style: Style) -> tuple[tuple[Drawing, ...],
                 text=tag,
                 align="left",
                 dx=8,
-                dy=-9 + shifts[tag],
+                dy=shifts[tag],
                 color=colour,
                 fontSize=12,
                 fontWeight=600,
@@ -226,7 +230,7 @@ def _plane(report: ComparisonReport, style: Style) -> tuple[tuple[Drawing, ...],
     title = "Accuracy and entropy"
     names = [run.name for run in report.runs]
     chart = alt.layer(*drawn).properties(
-        width=palette.WIDTH, height=PLANE_HEIGHT,
+        width=palette.WIDTH, height=PLANE_HEIGHT + style.legend,
         title=style.title(title, f"lines: 95{NARROW}% intervals", names),
     )  # fmt: skip
     said = [
@@ -235,6 +239,24 @@ def _plane(report: ComparisonReport, style: Style) -> tuple[tuple[Drawing, ...],
     ]
     caption = f"Accuracy by average log-prob, and entropy: {'; '.join(said)}."
     return (Drawing(figure("accuracy_entropy", chart, title, caption), data),), ()
+
+
+def _label_shifts(points: pl.DataFrame, tags: Sequence[str]) -> dict[str, float]:
+    """By how much to move each point's name, so that names of near points do not overlap."""
+    low, high = points["entropy_low"].min(), points["entropy_high"].max()
+    left, right = points["accuracy_low"].min(), points["accuracy_high"].max()
+    down = (PLANE_HEIGHT - AROUND) / ((high - low) or 1)  # pyright: ignore[reportOperatorIssue]
+    near = NEAR * ((right - left) or 1)  # pyright: ignore[reportOperatorIssue]
+    placed = sorted(zip(points["accuracy"], points["entropy"], tags, strict=True))
+    columns: list[dict[str, float]] = []
+    before = -math.inf
+    for accuracy, entropy, tag in placed:
+        if accuracy - before > near:
+            columns.append({})
+        columns[-1][tag] = down * (high - entropy)  # pyright: ignore[reportOperatorIssue]
+        before = accuracy
+    shifts = {tag: shift for column in columns for tag, shift in apart(column).items()}
+    return {tag: shift - ABOVE for tag, shift in shifts.items()}
 
 
 def _costs(report: ComparisonReport, style: Style) -> tuple[Drawing, ...]:
@@ -271,7 +293,7 @@ def _bars(style: Style, quantity: str, costs: dict[str, Cost]) -> Drawing | None
         text = base.mark_text(align="left", dx=6, color=palette.INK.light, fontSize=12)
         drawn.append(text.encode(text="shown:N"))
     chart = alt.layer(*drawn).properties(
-        width=palette.WIDTH, height=60 + BAR_HEIGHT * len(values),
+        width=palette.WIDTH, height=60 + style.legend + BAR_HEIGHT * len(values),
         title=style.title(title, subtitle, list(values)),
     )  # fmt: skip
     low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
@@ -301,7 +323,10 @@ def _rate(style: Style, place: int, group: pl.DataFrame) -> Drawing:
     low, high = float(values.min() or 0), float(values.max() or 0)  # pyright: ignore[reportArgumentType]
     span = (high - low) or 1
     shifts = apart(
-        {tag: CURVE_HEIGHT * (high - end["value"][0]) / span for tag, end in ends.items()}
+        {
+            tag: (CURVE_HEIGHT - AROUND) * (high - end["value"][0]) / span
+            for tag, end in ends.items()
+        }
     )
     x = alt.X("temperature:Q").title("temperature of the answers")
     x = x.axis(alt.Axis(grid=False, values=group["temperature"].unique().sort().to_list()))
@@ -323,7 +348,7 @@ def _rate(style: Style, place: int, group: pl.DataFrame) -> Drawing:
         ]  # fmt: skip
     title = "Win rate by temperature"
     chart: Chart = alt.layer(*drawn).properties(
-        width=palette.WIDTH, height=CURVE_HEIGHT,
+        width=palette.WIDTH, height=CURVE_HEIGHT + style.legend,
         title=style.title(title, f"{benchmark} against {opponent}", runs),
     )  # fmt: skip
     judged = [f"{row['judged']} of {row['asked']}" for row in group.to_dicts()]

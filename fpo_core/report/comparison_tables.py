@@ -50,7 +50,7 @@ def tables(report: ComparisonReport) -> tuple[Table, ...]:
     if set(PAPER) & set(by_key):
         found.append(_head_to_head(report, [by_key[key] for key in PAPER if key in by_key]))
     found += [_all_metrics(report), _cost(report)]
-    found += [_scores(report, number, table) for number, table in enumerate(report.scores, 1)]
+    found += [_scores(place, table) for place, table in enumerate(report.scores, 1)]
     return tuple(found)
 
 
@@ -59,6 +59,29 @@ def differences(report: ComparisonReport) -> tuple[Table, ...]:
     count = len(report.runs)
     pairs = [(run, minus) for minus in range(count) for run in range(minus + 1, count)]
     return tuple(_difference(report, run, minus) for run, minus in pairs)
+
+
+def accuracy_differences(report: ComparisonReport) -> tuple[Table, ...]:
+    """One table of each two runs' difference in accuracy; none where that is not compared."""
+    metric = next((m for m in report.metrics if m.key == "accuracy"), None)
+    if metric is None:
+        return ()
+    rows, data = [], []
+    for found in metric.differences:
+        after, before = report.runs[found.run].name, report.runs[found.minus].name
+        row = next(r for r in metric_rows(report, found.run, found.minus) if r.key == metric.key)
+        shown = metric_view(row)
+        assert shown.difference is not None
+        named = Value(f"{after} minus {before}", "")
+        rows.append((named, shown.difference, Value(shown.reading, "")))
+        data.append({"run": after, "minus": before, **_bounds(found.interval)})
+    return (
+        Table(
+            "accuracy_differences", f"{metric.label}, differences in percentage points",
+            ("Runs", "Difference", "Reading"), 1, tuple(rows), _intervals(report),
+            pl.DataFrame(data),
+        ),
+    )  # fmt: skip
 
 
 def metric_rows(report: ComparisonReport, run: int, minus: int) -> list[MetricRow]:
@@ -79,7 +102,9 @@ def cost_of(run: ComparedRun) -> Cost:
     """What training took, from the log of its steps."""
 
     def column(name: str) -> pl.Series:
-        values = run.training[name] if name in run.training.columns else pl.Series([], dtype=float)
+        values = (
+            run.training[name] if name in run.training.columns else pl.Series([], dtype=pl.Float64)
+        )
         values = values.cast(pl.Float64, strict=False).drop_nulls()
         return values.filter(values.is_finite())
 
@@ -183,7 +208,7 @@ def _cost(report: ComparisonReport) -> Table:
     )  # fmt: skip
 
 
-def _scores(report: ComparisonReport, place: int, table: ScoreTable) -> Table:
+def _scores(place: int, table: ScoreTable) -> Table:
     """A row a run; every figure with the number judged of the number asked."""
     heads = [f"{label} ({unit})" if unit else label for label, unit in table.columns.values()]
     rows, data = [], []
@@ -208,15 +233,13 @@ def _scores(report: ComparisonReport, place: int, table: ScoreTable) -> Table:
 def _score(cell: ScoreCell | None, unit: str) -> Value:
     if cell is None:
         return NOTHING
-    share = unit == "share"
-    bounded = cell.low is not None and cell.high is not None
-    decimals = 1 if unit == "%" or share or not bounded else decimals_for(cell.high - cell.low)  # pyright: ignore[reportOptionalOperand]
-    show = percent if share else number
-    value = show(cell.value, decimals)
-    if not bounded:
-        return Value(value, "")
-    ends = (show(one, decimals) for one in (cell.low, cell.high) if one is not None)
-    return Value(value, " to ".join(ends).replace(f"{NARROW}%", ""))
+    show = percent if unit == "share" else number
+    if cell.low is None or cell.high is None:
+        return Value(show(cell.value, 1), "")
+    in_percent = unit in ("%", "share")
+    decimals = 1 if in_percent else decimals_for(cell.high - cell.low)
+    value, low, high = (show(one, decimals) for one in (cell.value, cell.low, cell.high))
+    return Value(value, f"{low} to {high}".replace(f"{NARROW}%", ""))
 
 
 def _flat(value: Any) -> str:

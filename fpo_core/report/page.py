@@ -6,7 +6,6 @@ stays text even if an escape were missed.
 """
 
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from fpo_core.report import palette, view
 from fpo_core.report.charts import CHART_NAMES, Drawn, Figure, draw
 from fpo_core.report.findings import headline
 from fpo_core.report.heldout import heldout_figures
+from fpo_core.report.human import printable
 from fpo_core.report.model import RunReport
 
 TEMPLATE = "template.html.j2"
-# Control characters and lone surrogates, which HTML cannot hold; \t, \n and \r are text.
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def render(report: RunReport, out_dir: Path) -> Path:
@@ -94,7 +92,7 @@ def environment() -> Environment:
 
 def _printable(value: Any) -> Any:
     if isinstance(value, str) and not isinstance(value, Markup):
-        return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
+        return printable(value)
     return value
 
 

@@ -155,7 +155,8 @@ def _records(runs: Mapping[str, Sequence[Record]]) -> Iterator[tuple[str, Record
 def _cell(run: str, score: Mapping[str, Any]) -> ScoreCell:
     if not 0 <= score["judged"] <= score["asked"]:
         raise FPOError(
-            f"score {score['name']} of run {run}: {score['judged']} judged of {score['asked']} asked"
+            f"score {score['name']} of run {run}: {score['judged']} judged of {score['asked']} "
+            f"asked; no more can be judged than was asked"
         )
     return ScoreCell(*(score[name] for name in ("value", "low", "high", "judged", "asked")))
 
