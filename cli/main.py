@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from cli.bench import app as bench_app
+from cli.compare import compare
 from cli.sae import app as sae_app
 from cli.store import AsJson, StoreUrl
 from cli.store import app as store_app
@@ -35,6 +36,7 @@ Examples:
   fpo plan gemma2b                            what would run, before it runs
   fpo store ls                                what is stored
   fpo report quickstart                       the report of a finished run
+  fpo compare quickstart gemma2b              finished runs against each other
 """
 
 app = typer.Typer(
@@ -211,6 +213,7 @@ def make_tiny_gemma(
     logging.getLogger("fpo").info("made       %s", folder)
 
 
+app.command()(compare)
 app.add_typer(store_app, name="store")
 app.add_typer(sae_app, name="sae")
 app.add_typer(bench_app, name="bench")

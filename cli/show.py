@@ -14,6 +14,7 @@ from rich.tree import Tree
 
 from flows.repair import Repaired
 from fpo_core.recipe import Recipe
+from fpo_core.report.comparison import ComparisonReport
 from storage.catalog import ArtifactInfo
 from storage.copy import Copied
 from storage.gc import Garbage
@@ -241,3 +242,27 @@ def print_sae_checks(checks: Sequence[SaeCheck]) -> None:
 
 def _figure(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
+
+
+def print_comparison(report: ComparisonReport) -> None:
+    """The runs' metrics with intervals, and what each two of them differ by."""
+    from fpo_core.report.comparison_tables import accuracy_differences, tables
+    from fpo_core.report.comparison_tables import differences as pairwise
+
+    console = _console()
+    found = [table for table in tables(report) if table.name not in ("accuracy_entropy", "cost")]
+    # Of many runs each two are many tables: those are for the page.
+    found += pairwise(report) if len(report.runs) == 2 else accuracy_differences(report)
+    # So many columns that cells would be broken anywhere: intervals get a line of their own.
+    gap = " " if len(report.runs) <= 3 else "\n"
+    for one in found:
+        table = Table(box=box.SIMPLE, pad_edge=False, title=Text(one.title), title_justify="left")
+        for column in one.columns:
+            left = column in (one.columns[0], "Reading")
+            table.add_column(Text(column), justify="left" if left else "right", overflow="fold")
+        for row in one.rows:
+            cells = (f"{c.value}{gap}[{c.interval}]" if c.interval else c.value for c in row)
+            table.add_row(*map(Text, cells))
+        console.print(table)
+    for label, reason in report.refused:
+        console.print(Text(f"not compared: {label}: {reason}"))

@@ -37,7 +37,8 @@ def evaluate(run: PipelineRun) -> Outcome:
 
 def _evaluate(run: PipelineRun, writer: ArtifactWriter) -> Work:
     from fpo_core.evaluation.heldout import score_heldout
-    from fpo_core.evaluation.metrics import entropy_metric, heldout_metrics, metric_record
+    from fpo_core.evaluation.metrics import answer_metrics, heldout_metrics, metric_record
+    from fpo_core.evaluation.tables import read_answered
     from fpo_core.sae.coder import AttachedSae
     from fpo_core.training.examples import FeatureShards, read_examples
 
@@ -70,10 +71,8 @@ def _evaluate(run: PipelineRun, writer: ArtifactWriter) -> Work:
     metrics = heldout_metrics(scores, settings.bootstrap, settings.seed)
     answers = _answers(run, policy, reference, tokenizer, examples)
     if answers:
-        before, after = (
-            np.array([row[f"{m}_entropy"] for row in answers]) for m in ("before", "after")
-        )
-        metrics.append(entropy_metric(after, before, settings.bootstrap, settings.seed))
+        answered = read_answered(pl.DataFrame(answers))
+        metrics += answer_metrics(answered, settings.bootstrap, settings.seed)
     records = [metric_record(metric) for metric in metrics]
     scratch = writer.scratch()
     for name, frame in (

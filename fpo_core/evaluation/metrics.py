@@ -33,13 +33,25 @@ class Metric(NamedTuple):
     difference: Estimate | None
 
 
-class _Definition(NamedTuple):
+class Answered(NamedTuple):
+    """Per-prompt quantities [Q] of the answers that policy and reference sampled."""
+
+    pair_ids: list[str]  # of the held-out pairs whose prompts were answered
+    policy_entropy: np.ndarray  # mean over the answer's sampled tokens, nats, untempered
+    reference_entropy: np.ndarray
+    policy_tokens: np.ndarray  # of the answer, without the end of the turn
+    reference_tokens: np.ndarray
+
+
+class Definition(NamedTuple):
+    """What a metric is: its words, and its value on each pair (or prompt), whose mean it is."""
+
     label: str
     description: str
     unit: str
     better: str
-    policy: Callable[[HeldoutScores], np.ndarray]  # per-pair values, whose mean is the metric
-    reference: Callable[[HeldoutScores], np.ndarray] | None
+    policy: Callable[[Any], np.ndarray]  # of HeldoutScores or Answered
+    reference: Callable[[Any], np.ndarray] | None  # None: not defined for the reference
 
 
 def _average_margin(logps: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -56,67 +68,80 @@ def _reward_margin(scores: HeldoutScores) -> np.ndarray:
     return rewards[:, 0] - rewards[:, 1]
 
 
-METRICS: dict[str, _Definition] = {
-    "accuracy": _Definition(
+METRICS: dict[str, Definition] = {
+    "accuracy": Definition(
         "Accuracy (average log-prob)",
         "share of pairs whose chosen answer has the higher log-prob a token",
         "share", "higher",
         lambda s: _average_margin(s.policy_logps, s.tokens) > 0,
         lambda s: _average_margin(s.reference_logps, s.tokens) > 0,
     ),
-    "reward_accuracy": _Definition(
+    "reward_accuracy": Definition(
         "Accuracy (implicit reward)",
         "share of pairs whose chosen answer gained more log-prob over the reference",
         "share", "higher", lambda s: _reward_margin(s) > 0, None,
     ),
-    "margin": _Definition(
+    "margin": Definition(
         "Average log-prob margin",
         "log-prob a token of chosen minus rejected",
         "nats", "higher",
         lambda s: _average_margin(s.policy_logps, s.tokens),
         lambda s: _average_margin(s.reference_logps, s.tokens),
     ),
-    "kl_chosen": _Definition(
+    "kl_chosen": Definition(
         "Sequential KL, chosen",
         "sum over scored tokens of KL(reference || policy), on chosen answers",
         "nats", "neither", lambda s: s.kl[:, 0], None,
     ),
-    "kl_rejected": _Definition(
+    "kl_rejected": Definition(
         "Sequential KL, rejected",
         "sum over scored tokens of KL(reference || policy), on rejected answers",
         "nats", "neither", lambda s: s.kl[:, 1], None,
     ),
-    "kl_margin": _Definition(
+    "kl_margin": Definition(
         "Sequential KL, margin",
         "that on rejected answers minus that on chosen ones",
         "nats", "neither", lambda s: s.kl[:, 1] - s.kl[:, 0], None,
     ),
-    "heldout_entropy": _Definition(
+    "heldout_entropy": Definition(
         "Entropy on held-out answers",
         "mean over scored tokens of the next-token distribution's entropy, on both answers",
         "nats", "neither",
         lambda s: _mean_entropy(s.policy_entropy, s.tokens),
         lambda s: _mean_entropy(s.reference_entropy, s.tokens),
     ),
-    "discrepancy_chosen": _Definition(
+    "discrepancy_chosen": Definition(
         "Feature discrepancy, chosen",
         "mean over pairs of D (Eq. 10) on chosen answers; 0 for the reference",
         "", "lower", lambda s: s.discrepancy[:, 0], None,
     ),
-    "discrepancy_rejected": _Definition(
+    "discrepancy_rejected": Definition(
         "Feature discrepancy, rejected",
         "mean over pairs of D (Eq. 10) on rejected answers; 0 for the reference",
         "", "lower", lambda s: s.discrepancy[:, 1], None,
     ),
-    "discrepancy_margin": _Definition(
+    "discrepancy_margin": Definition(
         "Feature discrepancy, margin",
         "that on rejected answers minus that on chosen ones",
         "", "neither", lambda s: s.discrepancy[:, 1] - s.discrepancy[:, 0], None,
     ),
-    "discrepancy": _Definition(
+    "discrepancy": Definition(
         "Feature discrepancy",
         "mean over pairs and both sides of D (Eq. 10); 0 for the reference",
         "", "lower", lambda s: s.discrepancy.mean(1), None,
+    ),
+}  # fmt: skip
+
+ANSWER_METRICS: dict[str, Definition] = {
+    "entropy": Definition(
+        "Entropy of sampled answers",
+        "mean over sampled tokens of the next-token distribution's entropy (untempered)",
+        "nats", "neither", lambda a: a.policy_entropy, lambda a: a.reference_entropy,
+    ),
+    "answer_length": Definition(
+        "Length of sampled answers",
+        "mean over prompts of the tokens sampled before the end of the turn or the length limit",
+        "tokens", "neither", lambda a: a.policy_tokens, lambda a: a.reference_tokens,
     ),
 }  # fmt: skip
 
@@ -128,7 +153,7 @@ def heldout_metrics(scores: HeldoutScores, resamples: int, seed: int) -> list[Me
 
 
 def paired_metric(
-    key: str, definition: _Definition, scores: HeldoutScores, draws: np.ndarray
+    key: str, definition: Definition, scores: HeldoutScores | Answered, draws: np.ndarray
 ) -> Metric:
     """One metric with intervals for policy, reference and their difference."""
     policy = np.asarray(definition.policy(scores), dtype=np.float64)
@@ -142,15 +167,10 @@ def paired_metric(
     )  # fmt: skip
 
 
-def entropy_metric(policy: np.ndarray, reference: np.ndarray, resamples: int, seed: int) -> Metric:
-    """Mean token entropy of sampled answers, prompt by prompt [Q] for both models."""
-    draws = bootstrap_draws(len(policy), resamples, seed)
-    return Metric(
-        "entropy", "Entropy of sampled answers",
-        "mean over sampled tokens of the next-token distribution's entropy (untempered)",
-        "nats", "neither",
-        estimate(reference, draws), estimate(policy, draws), estimate(policy - reference, draws),
-    )  # fmt: skip
+def answer_metrics(answered: Answered, resamples: int, seed: int) -> list[Metric]:
+    """All metrics of sampled answers; prompts are what is drawn."""
+    draws = bootstrap_draws(len(answered.pair_ids), resamples, seed)
+    return [paired_metric(key, one, answered, draws) for key, one in ANSWER_METRICS.items()]
 
 
 def bootstrap_draws(count: int, resamples: int, seed: int) -> np.ndarray:

@@ -14,12 +14,13 @@ import polars as pl
 import vl_convert as vlc
 
 from fpo_core.report import palette
-from fpo_core.report.human import NARROW, number, percent
+from fpo_core.report.human import NARROW, number, percent, printable
 from fpo_core.report.model import FeatureShift, RunReport, Side
 from fpo_core.report.series import Series, read_series, thin
 
 PNG_SCALE = 2
-CURVE_HEIGHT, ROW_HEIGHT = 280, 26
+CURVE_HEIGHT, ROW_HEIGHT, LINE_HEIGHT = 280, 26, 16
+AROUND = 95  # pixels of a chart's height that title and axis take
 # What layering is typed to return; only layers are made here.
 Chart = alt.LayerChart | alt.FacetChart
 SIDES: tuple[Side, ...] = ("chosen", "rejected")
@@ -126,7 +127,7 @@ def layers(
     domain = alt.Scale(domain=[0, 1]) if curve.shares else alt.Scale(zero=False, nice=True)
     # The page writes a narrow space before a percent sign; d3's own format has none.
     shares = f"format(100 * datum.value, '.0f') + '{NARROW}%'"
-    axis = alt.Axis(labelExpr=shares) if curve.shares else alt.Axis(format="~g", tickCount=5)
+    axis = alt.Axis(labelExpr=shares) if curve.shares else alt.Axis(format="~r", tickCount=5)
     layers: list[Any] = []
     for name, one in series.items():
         points = thin(one.frame)
@@ -164,21 +165,42 @@ def _level(curve: Curve, start: float) -> list[Any]:
 
 def _end_names(series: dict[str, Series], colours: dict[str, str]) -> list[Any]:
     """Each line's name at its right end, moved apart where the lines end close together."""
-    ends = sorted(series, key=lambda name: float(series[name].frame["smooth"][-1]))
     values = [s.frame["value"].to_numpy() for s in series.values()]
-    spread = max(float(v.max()) for v in values) - min(float(v.min()) for v in values)
-    heights = [float(series[name].frame["smooth"][-1]) for name in ends]
-    close = len(ends) == 2 and heights[1] - heights[0] < 0.07 * spread
+    low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+    ends = {name: float(one.frame["smooth"][-1]) for name, one in series.items()}
+    heights = {name: (high - end) / ((high - low) or 1) for name, end in ends.items()}
+    shifts = apart({name: (CURVE_HEIGHT - AROUND) * height for name, height in heights.items()})
     layers = []
-    for place, name in enumerate(ends):
-        last = series[name].frame.tail(1)
-        shift = 0 if not close else (8 if place == 0 else -8)
-        text = alt.Chart(last).mark_text(
-            text=name, align="left", dx=8, dy=shift, color=colours[name], fontSize=12,
+    for name, one in series.items():
+        text = alt.Chart(one.frame.tail(1)).mark_text(
+            text=name, align="left", dx=8, dy=shifts[name], color=colours[name], fontSize=12,
             fontWeight=600,
         )  # fmt: skip
         layers.append(text.encode(x="step:Q", y="smooth:Q"))
     return layers
+
+
+def apart(places: dict[str, float]) -> dict[str, float]:
+    """By how much to move each name down so that no two are closer than a line of text.
+
+    Args:
+        places: where each name would stand, in pixels from the top.
+    """
+    # Names that are too close become one block, centred where they would have stood.
+    blocks: list[tuple[list[str], float]] = []  # names from the top, the middle of their block
+    for name in sorted(places, key=lambda name: places[name]):
+        blocks.append(([name], places[name]))
+        while len(blocks) > 1:
+            (upper, above), (lower, below) = blocks[-2:]
+            if below - above >= LINE_HEIGHT * (len(upper) + len(lower)) / 2:
+                break
+            names = [*upper, *lower]
+            blocks[-2:] = [(names, sum(places[one] for one in names) / len(names))]
+    return {
+        name: middle + LINE_HEIGHT * (place - (len(names) - 1) / 2) - places[name]
+        for names, middle in blocks
+        for place, name in enumerate(names)
+    }
 
 
 def _feature_figures(features: Sequence[FeatureShift]) -> tuple[Figure, ...]:
@@ -263,7 +285,7 @@ def _title(title: str, subtitle: str) -> alt.TitleParams:
 
 def figure(name: str, chart: Chart, title: str, caption: str) -> Figure:
     """A chart drawn, with its caption."""
-    spec = chart.to_dict()
+    spec = _drawable(chart.to_dict())  # a control character in it ends the process
     spec |= {
         "autosize": {"type": "fit", "contains": "padding"},
         "background": palette.SURFACE.light,
@@ -275,6 +297,15 @@ def figure(name: str, chart: Chart, title: str, caption: str) -> Figure:
     png = vlc.svg_to_png(svg, scale=PNG_SCALE)
     label = f"Chart: {title}. {caption}".replace(NARROW, " ")
     return Figure(name, _inline(svg, name), png, label, caption)
+
+
+def _drawable(value: Any) -> Any:
+    """A specification whose every text can be part of a drawing."""
+    if isinstance(value, dict):
+        return {printable(name): _drawable(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_drawable(inner) for inner in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _inline(svg: str, name: str) -> str:

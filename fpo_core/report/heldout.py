@@ -34,7 +34,7 @@ def _lines(
     heldout: pl.DataFrame, curve: Curve, columns: dict[str, str], colours: dict[str, str]
 ) -> Figure | None:
     """One chart of the columns, by the name of their line; None where no column has a figure."""
-    read = {name: _every_point(read_series(heldout, column)) for name, column in columns.items()}
+    read = {name: every_point(read_series(heldout, column)) for name, column in columns.items()}
     found = {name: series for name, series in read.items() if series is not None}
     if not found:
         return None
@@ -49,7 +49,8 @@ def _lines(
     return figure(f"heldout_{curve.column}", chart, curve.title, f"{'; '.join(ends)}.")
 
 
-def _every_point(series: Series | None) -> Series | None:
+def every_point(series: Series | None) -> Series | None:
+    """A series of few measurements, each drawn as it is."""
     if series is None:
         return None
     frame = series.frame.with_columns(pl.col("value").alias("smooth"))

@@ -5,11 +5,14 @@ that columns line up and no line breaks inside a quantity.
 """
 
 import math
+import re
 
 NARROW = "\N{NARROW NO-BREAK SPACE}"
 MINUS = "\N{MINUS SIGN}"
 NOT_MEASURED = "not measured"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+# Control characters and lone surrogates, which HTML and SVG cannot hold; \t, \n and \r are text.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _SMALLEST_PLAIN, _LARGEST_PLAIN = 1e-4, 1e7
 
 
@@ -84,3 +87,8 @@ def duration(seconds: float) -> str:
             tail = f" {rest}{NARROW}{next_name}" if rest else ""
             return f"{whole // large}{NARROW}{name}{tail}"
     raise AssertionError("a minute or more has a unit")
+
+
+def printable(text: str) -> str:
+    """Text from data with what no page and no drawing can hold replaced."""
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)

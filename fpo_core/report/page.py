@@ -6,7 +6,6 @@ stays text even if an escape were missed.
 """
 
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from fpo_core.report import palette, view
 from fpo_core.report.charts import CHART_NAMES, Drawn, Figure, draw
 from fpo_core.report.findings import headline
 from fpo_core.report.heldout import heldout_figures
+from fpo_core.report.human import printable
 from fpo_core.report.model import RunReport
 
 TEMPLATE = "template.html.j2"
-# Control characters and lone surrogates, which HTML cannot hold; \t, \n and \r are text.
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def render(report: RunReport, out_dir: Path) -> Path:
@@ -45,16 +43,42 @@ def render(report: RunReport, out_dir: Path) -> Path:
     for name in CHART_NAMES:
         path = charts / f"{name}.png"
         if name in figures:
-            _replace(path, figures[name])
+            replace_file(path, figures[name])
         else:
             path.unlink(missing_ok=True)
     page = out_dir / "report.html"
-    _replace(page, html.encode())
+    replace_file(page, html.encode())
     return page
 
 
 def _page(report: RunReport, drawn: Drawn, watched: tuple[Figure, ...]) -> str:
-    environment = Environment(
+    clear, compared = view.clear_changes(report)
+    return (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            report=report,
+            drawn=drawn,
+            watched=watched,
+            headline=headline(report),
+            created=view.created_text(report.created),
+            metrics=[view.metric_view(metric) for metric in report.metrics],
+            clear=clear,
+            compared=compared,
+            facts=view.training_facts(report),
+            features=view.feature_views(report.features),
+            open_samples=view.OPEN_SAMPLES,
+            stops=view.STOPS,
+            stages=view.stage_views(report.stages),
+            totals=view.totals(report.stages),
+            dark_rules=palette.dark_rules(),
+        )
+    )
+
+
+def environment() -> Environment:
+    """Where pages are rendered: all text is escaped, a name that is missing is an error."""
+    made = Environment(
         loader=PackageLoader("fpo_core.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
@@ -62,34 +86,17 @@ def _page(report: RunReport, drawn: Drawn, watched: tuple[Figure, ...]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["ours"] = Markup  # drawings and rules made here, never text from data
-    clear, compared = view.clear_changes(report)
-    return environment.get_template(TEMPLATE).render(
-        report=report,
-        drawn=drawn,
-        watched=watched,
-        headline=headline(report),
-        created=view.created_text(report.created),
-        metrics=[view.metric_view(metric) for metric in report.metrics],
-        clear=clear,
-        compared=compared,
-        facts=view.training_facts(report),
-        features=view.feature_views(report.features),
-        open_samples=view.OPEN_SAMPLES,
-        stops=view.STOPS,
-        stages=view.stage_views(report.stages),
-        totals=view.totals(report.stages),
-        dark_rules=palette.dark_rules(),
-    )
+    made.filters["ours"] = Markup  # drawings and rules made here, never text from data
+    return made
 
 
 def _printable(value: Any) -> Any:
     if isinstance(value, str) and not isinstance(value, Markup):
-        return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
+        return printable(value)
     return value
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: a reader never sees half of one."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)

@@ -23,7 +23,12 @@ GRID = Tone("#e5e8ec", "#323943")
 CURVE = Tone("#3d4a5f", "#c3cddb")
 CHOSEN = Tone("#0b63b5", "#6cb4ff")
 REJECTED = Tone("#b8480a", "#ff9d5c")
-TONES = (SURFACE, INK, MUTED, GRID, CURVE, CHOSEN, REJECTED)
+# One a run where several are compared; lines carry their names too.
+RUNS = (
+    CHOSEN, REJECTED, Tone("#1b7a43", "#5fd08f"), Tone("#7a3fb0", "#c39af5"),
+    Tone("#b5246e", "#ff8ac2"), Tone("#7a6200", "#d9bf4a"), Tone("#0b7285", "#4cc9de"), CURVE,
+)  # fmt: skip
+TONES = (SURFACE, INK, MUTED, GRID, CURVE, CHOSEN, REJECTED, *RUNS[2:-1])
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 WIDTH = 460
