@@ -1,15 +1,17 @@
 """``fpo-pipeline``: the stages of a recipe, in order, each reused where it is done.
 
 pairs -> reference -> features -> policy -> evaluation
-(+ instructions -> sft, a warm start, and sae, where one is trained)
+(+ instructions -> sft, a warm start, and sae, where one is trained; answers -> scores, a benchmark)
 """
 
 from collections.abc import Sequence
 
 from prefect import flow
 
+from tasks.benchmark import benchmark
 from tasks.evaluate import evaluate
 from tasks.features import features
+from tasks.generate import generate
 from tasks.plan import kind_of
 from tasks.reference import reference
 from tasks.report import bring_report
@@ -69,6 +71,11 @@ def _bring_about(run: PipelineRun, stages: Sequence[str]) -> dict[str, Outcome]:
         outcomes[stage] = features(run, stage, caches[number:])
     if "train" in stages:
         outcomes["train"] = train(run)
+    for stage in stages:
+        if kind_of(stage) == "generate":
+            outcomes[stage] = generate(run, stage)
+        elif kind_of(stage) == "benchmark":
+            outcomes[stage] = benchmark(run, stage)
     if "evaluate" in stages:
         outcomes["evaluate"] = evaluate(run)
     return outcomes

@@ -1,5 +1,7 @@
 """Tell Prefect's UI what a stage made: a markdown artifact on the task run."""
 
+import re
+
 from prefect.artifacts import create_markdown_artifact
 from prefect.context import TaskRunContext
 
@@ -21,7 +23,7 @@ def announce(outcome: Outcome) -> Outcome:
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     create_markdown_artifact(
-        key=f"fpo-{outcome.stage}".replace("@", "-").replace("_", "-"),  # what Prefect allows
+        key=f"fpo-{re.sub('[^a-z0-9]', '-', outcome.stage.lower())}",  # what Prefect allows
         markdown=f"| {outcome.stage} | |\n|---|---|\n{table}\n",
         description=f"{outcome.artifact} {outcome.state}",
     )

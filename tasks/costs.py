@@ -70,9 +70,14 @@ def stage_cost(stage: str, missing: Sequence[str], facts: Facts) -> Cost:
         return _reference(missing, facts)
     costs = {
         "instructions": _instructions, "sft": _sft, "sae": _sae, "tokenize": _tokenize,
-        "train": _train, "evaluate": _evaluate,
+        "train": _train, "evaluate": _evaluate, "generate": _unknown, "benchmark": _unknown,
     }  # fmt: skip
     return costs[kind](facts)
+
+
+def _unknown(_facts: Facts) -> Cost:
+    """How long answers become is the model's affair; an earlier artifact tells the rate."""
+    return Cost()
 
 
 def _instructions(facts: Facts) -> Cost:

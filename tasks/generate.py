@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import polars as pl
 import pyarrow as pa
+from prefect import task
+from prefect.cache_policies import NO_CACHE
 
 from fpo_core.bench.model import Answers, Question
 from fpo_core.data.tokenize import ChatFormat
@@ -27,17 +29,52 @@ from fpo_core.generation.prompts import (
 )
 from fpo_core.models.load import inference_device, load_model, load_tokenizer, prepare_cpu
 from fpo_core.progress import Progress
+from fpo_core.recipe.benchmarks import REFERENCE
 from fpo_core.recipe.generation import GenerationSettings
 from fpo_core.recipe.schema import ModelSettings, ResourceSettings
 from storage.artifact import Artifact
 from storage.schemas import ANSWERS
 from storage.writer import ArtifactWriter
-from tasks.run import Work
+from tasks.announce import announce
+from tasks.bench_plan import POLICY, planned_benchmarks
+from tasks.run import Outcome, PipelineRun, Work
+from tasks.transfer import local_folder
 
 if TYPE_CHECKING:
     from fpo_core.generation.answers import Prompt
 
 log = logging.getLogger("fpo.stage")
+
+
+@task(name="generate", task_run_name="{stage}", cache_policy=NO_CACHE)
+def generate(run: PipelineRun, stage: str) -> Outcome:
+    """Answer a benchmark's questions with the policy, or with whom it is compared."""
+    planned, model = next(
+        (benchmark, model)
+        for benchmark in planned_benchmarks(run.recipe)
+        for model in benchmark.models
+        if benchmark.answers_stage(model) == stage
+    )
+
+    def compute(writer: ArtifactWriter) -> Work:
+        return write_answers(writer, planned.questions, run.recipe.generation, _source(run, model))
+
+    return announce(run.bring_about(stage, compute))
+
+
+def _source(run: PipelineRun, model: str) -> "AnswerSource":
+    recipe = run.recipe
+    if recipe.generation.backend == "openai":
+        return endpoint_source(recipe.generation, recipe.resources)
+    if model == POLICY:
+        folder = local_folder(run.artifact("train"), "model")
+    elif model == REFERENCE:
+        folder = run.reference_folder()
+    else:
+        folder = local_folder(run.store.artifact(*model.split("/")), "model")
+    return model_source(
+        folder, recipe.data.template, recipe.generation, recipe.model, recipe.resources
+    )
 
 
 class AnswerSource(NamedTuple):

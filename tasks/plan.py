@@ -21,6 +21,7 @@ from fpo_core.sae.source import declared_width, identify_sae
 from storage.lineage import input_artifacts
 from storage.store import Store
 from storage.version import artifact_version
+from tasks.bench_plan import add_benchmarks
 
 # Stage -> the artifact it makes, in the order of the pipeline.
 ARTIFACTS = {
@@ -31,6 +32,8 @@ ARTIFACTS = {
     "reference": "reference",
     "features": "features",
     "train": "policy",
+    "generate": "answers",
+    "benchmark": "scores",
     "evaluate": "evaluation",
 }
 STAGES = tuple(ARTIFACTS)
@@ -38,12 +41,12 @@ STAGES = tuple(ARTIFACTS)
 # Raise a stage's number when its code changes what it writes: old artifacts are not reused then.
 SCHEMA_VERSIONS = {
     "instructions": 1, "sft": 1, "sae": 1, "tokenize": 1, "reference": 1, "features": 3, "train": 2,
-    "evaluate": 2,
+    "generate": 1, "benchmark": 1, "evaluate": 2,
 }  # fmt: skip
 
 
 def kind_of(stage: str) -> str:
-    """The kind of a stage: ``features`` of ``features@12``, the features of a further SAE."""
+    """The kind of a stage: ``features`` of ``features@12``, those of a further SAE."""
     return stage.partition("@")[0]
 
 
@@ -125,6 +128,7 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
     planner.add(
         "train", {**_train_part(recipe.train), **attention}, {**inputs, **encoders, **caches}
     )
+    add_benchmarks(recipe, reference, planner["train"], planner.add)
     planner.add(
         "evaluate",
         {**recipe.evaluation.model_dump(), "k": recipe.train.k, **attention},
@@ -166,7 +170,7 @@ class _Planner:
     def __getitem__(self, stage: str) -> str:
         return self.stages[stage].version
 
-    def add(self, stage: str, recipe: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+    def add(self, stage: str, recipe: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
         artifact = ARTIFACTS[kind_of(stage)]
         schema_version = SCHEMA_VERSIONS[kind_of(stage)]
         version = artifact_version(
@@ -174,6 +178,7 @@ class _Planner:
         )
         state = self.store.state(artifact, version)
         self.stages[stage] = StagePlan(stage, artifact, version, dict(recipe), dict(inputs), state)
+        return version
 
 
 def _warm_start(recipe: Recipe, planner: _Planner, model: str, data: _Data) -> str:

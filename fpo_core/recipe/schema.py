@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 
 from fpo_core.hookpoint import Hookpoint, Site
 from fpo_core.recipe.base import Count, NonNegative, Positive, Settings
+from fpo_core.recipe.benchmarks import BenchmarkSettings
+from fpo_core.recipe.generation import GenerationSettings
 from fpo_core.recipe.judge import JudgeSettings
 from fpo_core.recipe.training import SftSettings, TrainSettings
 
@@ -317,6 +319,12 @@ class Recipe(Settings):
     features: FeatureSettings = FeatureSettings()
     train: TrainSettings = TrainSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    benchmarks: tuple[BenchmarkSettings, ...] = Field(
+        default=(), description="whose questions the policy answers, and is scored on"
+    )
+    generation: GenerationSettings = Field(
+        default=GenerationSettings(), description="how benchmarks' questions are answered"
+    )
     judge: JudgeSettings | None = Field(
         default=None, description="who judges answers; without one there are no win rates"
     )

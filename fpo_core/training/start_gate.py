@@ -26,8 +26,8 @@ LOGP_TOLERANCE = {"float32": (2e-4, 0.0), "bfloat16": (0.02, 0.4)}
 # shrinks with the tokens): in a short response one feature that rounding switches on is much.
 DISCREPANCY_TOLERANCE = {"float32": (1e-5, 5e-3), "bfloat16": (1e-2, 0.1)}
 # The same of an SAE that reads what an MLP adds, which rounding moves more: gemma2-tiny's pairs in
-# bfloat16 come to 0.017 and 0.026 at most there, on CPUs that round differently, and to 0.011 in the
-# stream. The same model before its warm start comes to 0.12 in the median, at either.
+# bfloat16 come to 0.017 and 0.026 at most there, on CPUs that round differently, and to 0.011 in
+# the stream. The same model before its warm start comes to 0.12 in the median, at either.
 MLP_OUT_TOLERANCE = {"float32": (1e-5, 5e-3), "bfloat16": (3e-2, 0.3)}
 
 

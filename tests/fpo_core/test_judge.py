@@ -12,7 +12,6 @@ import threading
 import time
 import traceback
 import urllib.request
-from pathlib import Path
 
 import pytest
 
@@ -315,7 +314,9 @@ def test_a_refused_key_stops_and_is_repeated_nowhere(cache, tmp_path, monkeypatc
     monkeypatch.setenv("JUDGE_KEY", KEY)
     caplog.set_level(logging.DEBUG)
     with judging(lambda _: say("ok"), key="another") as server:
-        with pytest.raises(FPOError, match=r"refused the key in JUDGE_KEY \(status 401\)") as caught:
+        with pytest.raises(
+            FPOError, match=r"refused the key in JUDGE_KEY \(status 401\)"
+        ) as caught:
             ask(server, cache, several(50), key_env="JUDGE_KEY", concurrency=3)
         assert len(server.asked) <= 3
         assert KEY in server.asked[0].headers["authorization"]
@@ -383,7 +384,9 @@ def test_an_endpoint_that_is_not_there_is_named(cache):
     settings = JudgeSettings(
         model="m", base_url=f"http://127.0.0.1:{port}/v1", key_env=None, retries=0
     )
-    with pytest.raises(FPOError, match=rf"127\.0\.0\.1:{port} cannot be reached .*check judge\.bas"):
+    with pytest.raises(
+        FPOError, match=rf"127\.0\.0\.1:{port} cannot be reached .*check judge\.bas"
+    ):
         Judge(settings, cache).ask(several(3))
 
 

@@ -191,8 +191,7 @@ def test_every_setting_is_read_by_the_code():
         path.read_text()
         for package in ("fpo_core", "tasks", "flows", "cli")
         for path in (ROOT / package).rglob("*.py")
-        if path.parent.name != "recipe"
-        or path.name not in ("schema.py", "training.py", "judge.py")
+        if path.parent.name != "recipe" or path.name not in ("schema.py", "training.py", "judge.py")
     ]
     text = "\n".join(sources)
     unread = [

@@ -1,0 +1,181 @@
+"""Stages ``benchmark@PACK``: answers, judged where a judge is needed -> the ``scores`` artifact.
+
+Every judgment is kept in the store by its content as soon as it is there: a run that was killed,
+or another one with the same answers, asks nothing twice.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import polars as pl
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from fpo_core.bench.model import Answers, Reply, Scored
+from fpo_core.errors import FPOError
+from fpo_core.judge.client import Judge
+from fpo_core.progress import Progress
+from fpo_core.recipe.benchmarks import BASELINE
+from storage.judgments import Judgments
+from storage.writer import ArtifactWriter
+from tasks.announce import announce
+from tasks.bench_plan import POLICY, PlannedBenchmark, planned_benchmarks
+from tasks.generate import read_answers
+from tasks.run import Outcome, PipelineRun, Work
+
+log = logging.getLogger("fpo.stage")
+
+SCORES, VERDICTS = "scores.json", "verdicts.parquet"
+
+
+class Contest(NamedTuple):
+    """The policy's answers at a temperature, and whose they are compared with."""
+
+    temperature: float
+    answers: Answers
+    opponent: Answers | None
+
+    @property
+    def name(self) -> str:
+        """Keeps its requests apart from those of other contests."""
+        return f"{self.temperature:g}/{self.opponent.model if self.opponent else '-'}"
+
+
+@task(name="benchmark", task_run_name="{stage}", cache_policy=NO_CACHE)
+def benchmark(run: PipelineRun, stage: str) -> Outcome:
+    """Score the policy's answers to a benchmark's questions."""
+    return announce(run.bring_about(stage, lambda writer: _benchmark(run, stage, writer)))
+
+
+def benchmark_of(run: PipelineRun, stage: str) -> PlannedBenchmark:
+    """The benchmark that a stage scores."""
+    return next(one for one in planned_benchmarks(run.recipe) if one.stage == stage)
+
+
+def contests(run: PipelineRun, planned: PlannedBenchmark) -> Iterator[Contest]:
+    """Whose answers are compared, at each temperature."""
+
+    def made_by(model: str, temperature: float) -> Answers:
+        if model == BASELINE:
+            baseline = planned.rules.baseline(planned.pack)
+            assert baseline is not None  # checked when the run was planned
+            return baseline
+        artifact = run.artifact(planned.answers_stage(model))
+        return read_answers(artifact, model, temperature)
+
+    for temperature in run.recipe.generation.temperatures:
+        for opponent in planned.opponents or (None,):
+            other = opponent and made_by(opponent, temperature)
+            yield Contest(temperature, made_by(POLICY, temperature), other or None)
+
+
+def _benchmark(run: PipelineRun, stage: str, writer: ArtifactWriter) -> Work:
+    planned = benchmark_of(run, stage)
+    held = list(contests(run, planned))
+    replies = _ask(run, planned, held) if planned.rules.judged else {}
+    settings = run.recipe.evaluation
+    records, verdicts = [], []
+    for contest in held:
+        scored = planned.rules.score(
+            planned.pack, contest.answers, contest.opponent, replies.get(contest.name, {}),
+            limit=planned.settings.limit, resamples=settings.bootstrap, seed=settings.seed,
+        )  # fmt: skip
+        records.append(_record(run, planned, contest, scored))
+        place = {"temperature": contest.temperature, "opponent": records[-1]["opponent"]}
+        verdicts += [{**place, **verdict} for verdict in scored.verdicts]
+    path = writer.scratch() / VERDICTS
+    pl.DataFrame(verdicts, infer_schema_length=None).write_parquet(path)
+    writer.put_file(VERDICTS, path)
+    writer.put_bytes(SCORES, (json.dumps(records, indent=2) + "\n").encode())
+    return Work({"verdicts": len(verdicts), **_summary(records)})
+
+
+def _ask(
+    run: PipelineRun, planned: PlannedBenchmark, held: list[Contest]
+) -> dict[str, dict[str, Reply]]:
+    """The judge's replies, by contest and request key.
+
+    Raises:
+        FPOError: the judge is out of reach, or did not answer some requests.
+    """
+    settings = run.recipe.judge
+    assert settings is not None  # the stage is planned with a judge only
+    judge = Judge(settings, Judgments(run.store.backend))
+    asked = requests_of(planned, held)
+    replies: dict[str, dict[str, Reply]] = {contest.name: {} for contest in held}
+    failures: dict[str, str] = {}
+    while asked:
+        with Progress(f"judgments by {settings.model}", total=len(asked), unit="judgment") as shown:
+            judged = judge.ask([request for _, request in asked.values()], shown.advance)
+        failures |= judged.failures
+        for key, reply in judged.replies.items():
+            contest, _ = asked[key]
+            replies[contest][key.removeprefix(f"{contest}/")] = reply
+        again = {}
+        for contest in replies:
+            own = [
+                request._replace(key=key.removeprefix(f"{contest}/"))
+                for key, (name, request) in asked.items()
+                if name == contest
+            ]
+            for request in planned.rules.follow_ups(own, replies[contest]):
+                key = f"{contest}/{request.key}"
+                again[key] = (contest, request._replace(key=key))
+        asked = again
+    if failures:
+        reason = next(iter(failures.values()))
+        raise FPOError(
+            f"{planned.pack.name}: the judge {settings.model} did not answer {len(failures)} "
+            f"requests ({reason}). What it answered is kept; run the same command again to ask for "
+            f"the rest"
+        )
+    return replies
+
+
+def requests_of(planned: PlannedBenchmark, held: list[Contest]) -> dict[str, tuple[str, Any]]:
+    """What a judge is asked first: by key, the contest's name and the request."""
+    found = {}
+    for contest in held:
+        for request in planned.rules.requests(
+            planned.pack, contest.answers, contest.opponent, planned.settings.limit
+        ):
+            key = f"{contest.name}/{request.key}"
+            found[key] = (contest.name, request._replace(key=key))
+    return found
+
+
+def _record(
+    run: PipelineRun, planned: PlannedBenchmark, contest: Contest, scored: Scored
+) -> dict[str, Any]:
+    """The figures of a contest, and the key that says with which others they can be compared."""
+    part: Mapping[str, Any] = run.planned(planned.stage).recipe
+    generation = run.planned(planned.answers_stage(POLICY)).recipe
+    decoding = {
+        name: generation[name] for name in ("max_new_tokens", "top_p", "samples", "template")
+    }
+    opponent = contest.opponent.model if contest.opponent else None
+    key = {
+        "benchmark": planned.pack.name, "pack": planned.pack.digest, "limit": part["limit"],
+        "template": part["template"], "judge": part.get("judge"), "opponent": opponent,
+        "temperature": contest.temperature, **decoding,
+    }  # fmt: skip
+    return {
+        "key": key,
+        "benchmark": planned.pack.name,
+        "kind": planned.pack.kind,
+        "opponent": opponent,
+        "temperature": contest.temperature,
+        "scores": [score._asdict() for score in scored.scores],
+        "notes": list(scored.notes),
+    }
+
+
+def _summary(records: list[dict[str, Any]]) -> dict[str, float]:
+    """The first figure of each contest, for the manifest."""
+    return {
+        " ".join(filter(None, (record["scores"][0]["name"], record["opponent"],
+                               f"at {record['temperature']:g}"))): record["scores"][0]["value"]
+        for record in records if record["scores"]
+    }  # fmt: skip
