@@ -16,6 +16,7 @@ from fpo_core.bench.pack import Pack, load_pack
 from fpo_core.errors import FPOError
 from fpo_core.recipe import Recipe
 from fpo_core.recipe.benchmarks import BASELINE, REFERENCE, BenchmarkSettings
+from storage.store import Store
 
 POLICY = "policy"
 Add = Callable[[str, Mapping[str, Any], Mapping[str, str]], str]
@@ -97,16 +98,21 @@ def _check_opponents(benchmark: PlannedBenchmark) -> None:
         )
 
 
-def add_benchmarks(recipe: Recipe, reference: str, policy: str, add: Add) -> None:
+def add_benchmarks(recipe: Recipe, reference: str, policy: str, store: Store, add: Add) -> None:
     """Plan the stages of a recipe's benchmarks.
 
     Args:
         recipe: the recipe.
         reference: identity of the reference model.
         policy: the policy's artifact version.
+        store: where other policies are.
         add: plans a stage from its settings and inputs, and returns its version.
+
+    Raises:
+        FPOError: a pack or an opponent that is not there.
     """
     for benchmark in planned_benchmarks(recipe):
+        _check_policies(benchmark, store)
         questions = _digest([question._asdict() for question in benchmark.questions])
         answers = {}
         for model in benchmark.models:
@@ -138,14 +144,27 @@ def _scoring(recipe: Recipe, benchmark: PlannedBenchmark) -> dict[str, Any]:
     return part
 
 
-def unscored(recipe: Recipe) -> Iterator[str]:
-    """A sentence for each benchmark that waits for a judge."""
-    for benchmark in planned_benchmarks(recipe):
+def _check_policies(benchmark: PlannedBenchmark, store: Store) -> None:
+    for name in benchmark.models:
+        if name not in (POLICY, REFERENCE) and store.state(*name.split("/")) != "complete":
+            raise FPOError(
+                f"benchmarks, {benchmark.pack.name}: against {name}, which the store has not; `fpo "
+                f"store ls` lists its policies"
+            )
+
+
+def notices(recipe: Recipe) -> Iterator[str]:
+    """What the user of a recipe's benchmarks is to be told, a sentence each."""
+    judged = [one for one in planned_benchmarks(recipe) if one.rules.judged]
+    for benchmark in judged:
         if not benchmark.is_scored(recipe):
             yield (
                 f"{benchmark.pack.name}: no judge is configured, so its answers are stored and "
                 f"not scored. Set judge.model (and judge.base_url), then run the same command"
             )
+    policies = {recipe.model.source, recipe.generation.model} - {None}
+    if judged and recipe.judge and recipe.judge.model in policies:
+        yield f"the judge, {recipe.judge.model}, is the model it judges: it may favour its own kind"
 
 
 def _digest(value: Any) -> str:

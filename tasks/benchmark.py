@@ -35,12 +35,13 @@ class Contest(NamedTuple):
 
     temperature: float
     answers: Answers
+    against: str | None  # as the recipe names the opponent
     opponent: Answers | None
 
     @property
     def name(self) -> str:
         """Keeps its requests apart from those of other contests."""
-        return f"{self.temperature:g}/{self.opponent.model if self.opponent else '-'}"
+        return f"{self.temperature:g}/{self.against or '-'}"
 
 
 @task(name="benchmark", task_run_name="{stage}", cache_policy=NO_CACHE)
@@ -66,9 +67,10 @@ def contests(run: PipelineRun, planned: PlannedBenchmark) -> Iterator[Contest]:
         return read_answers(artifact, model, temperature)
 
     for temperature in run.recipe.generation.temperatures:
-        for opponent in planned.opponents or (None,):
-            other = opponent and made_by(opponent, temperature)
-            yield Contest(temperature, made_by(POLICY, temperature), other or None)
+        answers = made_by(POLICY, temperature)
+        for against in planned.opponents or (None,):
+            opponent = made_by(against, temperature) if against else None
+            yield Contest(temperature, answers, against, opponent)
 
 
 def _benchmark(run: PipelineRun, stage: str, writer: ArtifactWriter) -> Work:
@@ -156,10 +158,13 @@ def _record(
         name: generation[name] for name in ("max_new_tokens", "top_p", "samples", "template")
     }
     opponent = contest.opponent.model if contest.opponent else None
+    model = None  # the pack's digest tells which baseline it was
+    if contest.against not in (None, BASELINE):
+        model = run.planned(planned.answers_stage(contest.against)).inputs["model"]
     key = {
         "benchmark": planned.pack.name, "pack": planned.pack.digest, "limit": part["limit"],
         "template": part["template"], "judge": part.get("judge"), "opponent": opponent,
-        "temperature": contest.temperature, **decoding,
+        "opponent_model": model, "temperature": contest.temperature, **decoding,
     }  # fmt: skip
     return {
         "key": key,

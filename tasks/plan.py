@@ -128,7 +128,7 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
     planner.add(
         "train", {**_train_part(recipe.train), **attention}, {**inputs, **encoders, **caches}
     )
-    add_benchmarks(recipe, reference, planner["train"], planner.add)
+    add_benchmarks(recipe, reference, planner["train"], store, planner.add)
     planner.add(
         "evaluate",
         {**recipe.evaluation.model_dump(), "k": recipe.train.k, **attention},
@@ -280,7 +280,11 @@ def selected_stages(plan: Plan, first: str | None, only: str | None) -> list[str
     asked = first or only
     stages = list(plan.stages)
     if asked and asked not in stages:
-        why = " (this recipe's SAE is a stored one)" if asked == "sae" else ""
+        why = ""
+        if asked == "sae":
+            why = " (this recipe's SAE is a stored one)"
+        elif asked.replace("benchmark@", "generate@") in stages:
+            why = " (its verdicts need a judge: set judge.model)"
         raise UsageError(f"unknown stage {asked!r}{why}; stages: {', '.join(stages)}")
     if not asked:
         return stages

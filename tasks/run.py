@@ -29,6 +29,7 @@ from storage.manifest import Made
 from storage.provenance import provenance
 from storage.store import Store
 from storage.writer import ArtifactWriter
+from tasks.bench_plan import notices
 from tasks.cluster import check_ray
 from tasks.plan import SCHEMA_VERSIONS, Plan, StagePlan, kind_of, make_plan, selected_stages
 from tasks.transfer import local_folder
@@ -197,6 +198,9 @@ class PipelineRun:
 
         Written before the run looks for what it can reuse, so that `fpo store gc` keeps that.
         """
+        if any(kind_of(stage) in ("generate", "benchmark") for stage in stages):
+            for sentence in notices(self.recipe):
+                log.warning("%s", sentence)
         started = dt.datetime.now(dt.UTC)
         run_id = f"{started:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
         record = {

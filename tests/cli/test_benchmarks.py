@@ -1,0 +1,149 @@
+"""Benchmarks in a run: the policy answers, a judge on loopback compares, scores are stored."""
+
+import json
+import shutil
+
+import polars as pl
+import pytest
+import yaml
+
+from storage.catalog import list_artifacts
+from storage.location import open_store
+from tests.fpo_core.packs import arena_folder, write_rows
+from tests.judge_server import fail, judging, say
+
+pytestmark = pytest.mark.slow
+QUESTIONS = 5
+
+
+def ifeval_folder(folder):
+    """Three prompts with an instruction each, in the authors' layout."""
+    instructions = ("punctuation:no_comma", "change_case:english_lowercase", "startend:quotation")
+    rows = [
+        {"key": 1000 + n, "prompt": f"say it {n}", "instruction_id_list": [one], "kwargs": [{}]}
+        for n, one in enumerate(instructions)
+    ]
+    write_rows(folder / "input_data.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packs")
+    arena_folder(folder / "arena", QUESTIONS)
+    ifeval_folder(folder / "ifeval")
+    return folder
+
+
+@pytest.fixture
+def bench(fpo, finished_run, packs, tmp_path):
+    """``fpo run`` on a copy of the finished store, with two benchmarks and some settings."""
+    shutil.copytree(finished_run.store, tmp_path / "store")
+    recipe = tmp_path / "bench.yaml"
+
+    def run(*more, judge=None, against=("baseline", "reference")):
+        values = json.loads(finished_run.recipe.read_text())
+        values["benchmarks"] = [
+            {"pack": str(packs / "arena"), "against": list(against), "limit": 4},
+            {"pack": str(packs / "ifeval")},
+        ]
+        values["generation"] = {"max_new_tokens": 6, "temperatures": [0.0, 0.7]}
+        if judge:
+            values["judge"] = {"model": "m", "base_url": judge.url, "key_env": None, "retries": 0}
+        recipe.write_text(yaml.safe_dump(values))
+        return fpo("run", recipe, "--store", tmp_path / "store",
+                   "--report", tmp_path / "report", *more)  # fmt: skip
+
+    return run
+
+
+def artifacts(folder, stage):
+    store = open_store(folder)
+    return [
+        store.artifact(stage, info.version)
+        for info in list_artifacts(store)
+        if info.stage == stage and info.state == "complete"
+    ]
+
+
+def test_without_a_judge_answers_are_made_and_what_needs_none_is_scored(bench, tmp_path):
+    done = bench()
+    assert done.code == 0, done.err
+    assert "arena-hard-v0.1: no judge is configured" in done.err
+    answers = artifacts(tmp_path / "store", "answers")
+    assert len(answers) == 3  # the policy's and the reference's to arena, the policy's to ifeval
+    rows = pl.concat([one.scan().collect() for one in answers])
+    assert sorted(rows["temperature"].unique()) == [0.0, 0.7]
+    (scores,) = artifacts(tmp_path / "store", "scores")
+    records = json.loads(scores.path("scores.json").read_text())
+    assert [record["temperature"] for record in records] == [0.0, 0.7]
+    names = {score["name"] for score in records[0]["scores"]}
+    assert {"prompt_strict", "instruction_loose"} <= names
+    assert len(pl.read_parquet(scores.path("verdicts.parquet"))) >= 6
+
+
+def test_a_judge_compares_with_baseline_and_reference_and_is_asked_nothing_twice(bench, tmp_path):
+    broken = 3
+
+    def breaks_down(asked):
+        return say("[[A>B]]") if len(server.asked) <= broken else fail(500)
+
+    with judging(breaks_down) as server:
+        stopped = bench(judge=server)
+        assert stopped.code == 1
+        assert "What it answered is kept" in stopped.err or "judge" in stopped.err
+    answered = [asked.text for asked in server.asked[:broken]]
+    with judging(lambda _: say("I think [[B>>A]]")) as server:
+        done = bench(judge=server)
+        assert done.code == 0, done.err
+        assert not set(answered) & {asked.text for asked in server.asked}
+        # Four questions in both orders, against two opponents, at two temperatures; equal answers
+        # are asked once.
+        asked = len(server.asked)
+        assert 16 < asked + broken <= 32
+        again = bench("--only", "benchmark@arena-hard-v0.1", "--force", judge=server)
+        assert again.code == 0, again.err
+        assert len(server.asked) == asked
+    arena = next(
+        one for one in artifacts(tmp_path / "store", "scores")
+        if json.loads(one.path("scores.json").read_text())[0]["benchmark"] == "arena-hard-v0.1"
+    )  # fmt: skip
+    records = json.loads(arena.path("scores.json").read_text())
+    places = [(record["temperature"], record["key"]["opponent"]) for record in records]
+    assert len(set(places)) == 4
+    for record in records:
+        assert record["key"]["judge"] == {"model": "m", "revision": None}
+        (rate,) = (score for score in record["scores"] if score["name"] == "win_rate")
+        assert (rate["judged"], rate["asked"]) == (8, 8)
+    assert server.url not in arena.path("scores.json").read_text()
+
+
+def test_another_judge_scores_the_same_answers(bench, tmp_path):
+    with judging(lambda _: say("[[A=B]]")) as server:
+        assert bench(judge=server).code == 0
+        before = {one.version for one in artifacts(tmp_path / "store", "answers")}
+        done = bench("--set", "judge.revision=2026-01", judge=server)
+        assert done.code == 0, done.err
+        assert "generate@arena-hard-v0.1 reused" in done.err
+    assert {one.version for one in artifacts(tmp_path / "store", "answers")} == before
+    assert len(artifacts(tmp_path / "store", "scores")) == 3
+
+
+def test_mistakes_are_told_before_anything_runs(bench, packs, tmp_path):
+    store = tmp_path / "store"
+    before = {info.name for info in list_artifacts(open_store(store))}
+    for more, said in {
+        ("--set", "benchmarks=[{pack: /nowhere}]"): "/nowhere",
+        ("--set", f"benchmarks=[{{pack: {packs / 'arena'}, against: [policy/1]}}]"): "16 hex digits",
+        ("--set", f"benchmarks=[{{pack: {packs / 'arena'}, against: []}}]"): "against: [reference]",
+        ("--set", f"benchmarks=[{{pack: {packs / 'arena'}}}, {{pack: {packs / 'arena'}}}]"): "once",
+        (
+            "--set", f"benchmarks=[{{pack: {packs / 'arena'}, against: [policy/{'0' * 16}]}}]",
+        ): "0000",
+        ("--only", "benchmark@arena-hard-v0.1"): "judge",
+    }.items():  # fmt: skip
+        done = bench(*more)
+        assert done.code != 0
+        assert said in done.err, done.err
+        assert "Traceback" not in done.err
+    assert {info.name for info in list_artifacts(open_store(store))} == before
