@@ -156,12 +156,15 @@ class JudgeServer:
         self.url = ""
         self.asked: list[Asked] = []
         self.in_flight = self.most_in_flight = 0
+        self.history: list[tuple[float, int]] = []  # monotonic seconds, and in flight since
         self._changed = threading.Condition()
 
-    def wait_until(self, reached: Callable[["JudgeServer"], bool]) -> bool:
+    def wait_until(
+        self, reached: Callable[["JudgeServer"], bool], seconds: float = WAIT_SECONDS
+    ) -> bool:
         """Block a script until the server's figures are so; False when it takes too long."""
         with self._changed:
-            return self._changed.wait_for(lambda: reached(self), WAIT_SECONDS)
+            return self._changed.wait_for(lambda: reached(self), seconds)
 
     def answer(self, body: bytes, headers: dict[str, str]) -> Answer:
         """What to send for a request."""
@@ -170,9 +173,7 @@ class JudgeServer:
             before = sum(asked.body["messages"] == content["messages"] for asked in self.asked)
             asked = Asked(content, headers, before)
             self.asked.append(asked)
-            self.in_flight += 1
-            self.most_in_flight = max(self.most_in_flight, self.in_flight)
-            self._changed.notify_all()
+            self._count(1)
         given = headers.get("authorization", "").removeprefix("Bearer ")
         if self.key is not None and given != self.key:
             # As OpenAI says it, with the key's two ends.
@@ -181,11 +182,16 @@ class JudgeServer:
             return fail(404, f"The model `{asked.model}` does not exist", code="model_not_found")
         return self.script(asked)
 
+    def _count(self, change: int) -> None:
+        self.in_flight += change
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        self.history.append((time.monotonic(), self.in_flight))
+        self._changed.notify_all()
+
     def sent(self) -> None:
         """Count an answer as gone."""
         with self._changed:
-            self.in_flight -= 1
-            self._changed.notify_all()
+            self._count(-1)
 
 
 @contextmanager
@@ -197,6 +203,7 @@ def judging(
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else a body waits 40 ms for its headers' receipt
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))

@@ -141,22 +141,24 @@ class _Asking:
         most = min(self._settings.concurrency, len(requests))
         with ThreadPoolExecutor(most) as writers:  # its end waits for what is being written
             async with connect(self._settings, self._key) as client:
-                workers = [
-                    asyncio.create_task(self._work(client, writers, waiting)) for _ in range(most)
-                ]
                 try:
-                    await asyncio.gather(*workers)
-                finally:
-                    for worker in workers:
-                        worker.cancel()
-                    await asyncio.gather(*workers, return_exceptions=True)
+                    async with asyncio.TaskGroup() as group:
+                        for _ in range(most):
+                            group.create_task(self._work(client, group, writers, waiting))
+                except BaseExceptionGroup as errors:
+                    first = errors.exceptions[0]
+                else:
+                    return
+        raise first
 
     async def _work(
         self,
         client: "AsyncOpenAI",
+        group: asyncio.TaskGroup,
         writers: ThreadPoolExecutor,
         waiting: Iterator[tuple[str, list[JudgeRequest]]],
     ) -> None:
+        loop, keeping = asyncio.get_running_loop(), None
         for digest, same in waiting:
             try:
                 answer = await self._answer(client, same[0])
@@ -164,16 +166,21 @@ class _Asking:
                 self.fail(same, str(error))
                 self._stop_if_pointless(error)
                 continue
-            kept = asyncio.get_running_loop().run_in_executor(
-                writers, self._keep, digest, same[0], answer
-            )
-            # Ctrl-C cancels the wait, not the writing.
-            answer = await asyncio.shield(kept)
             self._answers, self._in_a_row = self._answers + 1, 0
             self._prompt_tokens += answer.reply.prompt_tokens or 0
             self._reply_tokens += answer.reply.reply_tokens or 0
             self._warn_of_missing_logprobs(same[0], answer.reply)
-            self._settle(same, answer.reply)
+            kept = loop.run_in_executor(writers, self._keep, digest, same[0], answer)
+            if keeping is not None:
+                await keeping  # a store that is slower than the endpoint holds it up
+            # The next request does not wait for the store.
+            keeping = group.create_task(self._settle_kept(same, kept))
+
+    async def _settle_kept(
+        self, same: Sequence[JudgeRequest], kept: "asyncio.Future[Answer]"
+    ) -> None:
+        answer = await asyncio.shield(kept)  # Ctrl-C cancels the wait, not the writing
+        self._settle(same, answer.reply)
 
     async def _answer(self, client: "AsyncOpenAI", request: JudgeRequest) -> Answer:
         """One answer that can be read.

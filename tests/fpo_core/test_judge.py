@@ -118,6 +118,8 @@ def test_equal_requests_are_asked_once_and_progress_counts_them_all(cache):
 def test_as_many_requests_as_configured_are_in_flight_never_more(cache):
     def script(asked):
         assert server.wait_until(lambda s: s.most_in_flight >= 5)
+        if len(server.asked) <= 6:  # the first answers come late, so that a sixth could be asked
+            server.wait_until(lambda s: s.most_in_flight > 5, seconds=0.5)
         return say("ok")
 
     with judging(script) as server:
@@ -147,8 +149,7 @@ def test_requests_a_minute_are_spaced(cache):
     """With one a minute the second has not gone out when the first is answered."""
 
     def script(asked):
-        with server._changed:
-            server._changed.wait_for(lambda: len(server.asked) > 1, 0.5)
+        server.wait_until(lambda s: len(s.asked) > 1, seconds=0.5)
         return say("ok")
 
     def stop(_count):
@@ -314,9 +315,7 @@ def test_a_refused_key_stops_and_is_repeated_nowhere(cache, tmp_path, monkeypatc
     monkeypatch.setenv("JUDGE_KEY", KEY)
     caplog.set_level(logging.DEBUG)
     with judging(lambda _: say("ok"), key="another") as server:
-        with pytest.raises(
-            FPOError, match=r"refused the key in JUDGE_KEY \(status 401\)"
-        ) as caught:
+        with pytest.raises(FPOError, match=r"the key in JUDGE_KEY \(status 401\)") as caught:
             ask(server, cache, several(50), key_env="JUDGE_KEY", concurrency=3)
         assert len(server.asked) <= 3
         assert KEY in server.asked[0].headers["authorization"]
@@ -384,9 +383,7 @@ def test_an_endpoint_that_is_not_there_is_named(cache):
     settings = JudgeSettings(
         model="m", base_url=f"http://127.0.0.1:{port}/v1", key_env=None, retries=0
     )
-    with pytest.raises(
-        FPOError, match=rf"127\.0\.0\.1:{port} cannot be reached .*check judge\.bas"
-    ):
+    with pytest.raises(FPOError, match=rf"127\.0\.0\.1:{port} cannot be reached .*judge\.base_url"):
         Judge(settings, cache).ask(several(3))
 
 
@@ -401,8 +398,8 @@ DAMAGED = {
     "another text": lambda entry: entry.replace(b"first", b"forst"),
     "another question's": lambda entry: entry.replace(b"question 0", b"question 1"),
     "another format": lambda entry: entry.replace(b'"format":1', b'"format":0'),
-    "no JSON": lambda entry: b"\xff\x00",
-    "empty": lambda entry: b"",
+    "no JSON": lambda _: b"\xff\x00",
+    "empty": lambda _: b"",
 }
 
 
@@ -545,14 +542,14 @@ def test_a_real_model_judges(served_smollm2, cache, caplog):
         JudgeRequest("short", (("user", "Count from one to a hundred."),), 3, 0.0),
     ]
     judged = Judge(settings, cache).ask(requests)
-    # The model's own answer, as FACTS of the package that carries it and generate() have it.
+    # The model's own answer, as generate() gives it, too.
     assert judged.replies["free"].text == "The capital of France is Paris."
     assert (judged.replies["free"].finish, judged.replies["short"].finish) == ("stop", "length")
     assert judged.replies["short"].reply_tokens == 3
     assert "gives no log-probs" in caplog.text
     assert Judge(settings, cache).ask(requests) == (judged.replies, {}, (2, 2, 0, 0, 0, 0))
+    other = settings.model_copy(update={"model": "other", "retries": 0})
     with pytest.raises(FPOError, match="the first 10 requests.*pinned"):
-        other = settings.model_copy(update={"model": "other", "retries": 0})
         Judge(other, cache).ask(several(12))
     digest = request_digest(settings, requests[0])
     entry = cache.get_all([digest])[digest]

@@ -119,7 +119,7 @@ REFUSED = {
         "judge: {model: m, base_url: 'localhost:8000/v1'}", (), r"base_url is no http:// or https:",
     ),
     "no requests in flight": (
-        "judge: {model: m, concurrency: 0}", (), r"judge\.concurrency: .*greater than or equal to 1",
+        "judge: {model: m, concurrency: 0}", (), r"judge\.concurrency: .*than or equal to 1",
     ),
     "no equals sign": ("", ("train.alpha",), r"--set 'train\.alpha': write key\.path=value"),
     "value as section": ("", ("name.x=1",), r"'name' is a value, not a section"),
