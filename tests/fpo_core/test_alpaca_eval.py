@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from fpo_core.bench.model import Answers, Reply
 from fpo_core.bench.pack import Pack
 from fpo_core.errors import FPOError
 
-pytest.importorskip("alpaca_eval", reason="the extra eval is not installed")
+if find_spec("alpaca_eval") is None:
+    pytest.skip("the extra eval is not installed", allow_module_level=True)
 
 DATA = Path(__file__).parents[3] / "shared/data/alpaca_eval/text_davinci_003_outputs.json"
 needs_data = pytest.mark.skipif(not DATA.is_file(), reason="no AlpacaEval data on this machine")
