@@ -92,8 +92,8 @@ class EndpointBackend:
     def _generated(self, completion: Any, prompt: Prompt) -> Generated:
         # A server may answer with other JSON, of which the package makes whatever it is.
         choices = getattr(completion, "choices", None)
-        reason = choices[0].finish_reason if choices else None
-        if not choices or choices[0].message is None or reason is None:
+        reason: str = choices[0].finish_reason or "" if choices else ""
+        if not choices or choices[0].message is None or not reason:
             raise FPOError(
                 f"the endpoint {self._url} answers question {prompt.question_id!r} with something "
                 f"that is no chat completion; is base_url right (it often ends in /v1)?"
