@@ -16,7 +16,7 @@ def compare(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="RUN RUN...",
+            metavar="RUN",
             help="Each a recipe (its newest evaluation), evaluation/VERSION, policy/VERSION, or "
             "the id of a run; the start of an id or version is enough.",
             show_default=False,

@@ -68,7 +68,11 @@ class StoredRuns:
                     f"{seen[version]!r} and {name!r} are the same run, evaluation/{version}"
                 )
             seen[version] = name
-        return [self._run(name, version) for version, name in seen.items()]
+        runs = [self._run(name, version) for version, name in seen.items()]
+        called: dict[str, str] = {}
+        for run in reversed(runs):
+            called |= self._names(run)
+        return [_with_names(run, called) for run in runs]
 
     def of_policy(self, stage: str, policy: Artifact) -> list[Artifact]:
         """The finished artifacts of a kind that were made from a policy."""
@@ -164,9 +168,8 @@ class StoredRuns:
             return self.store.artifact(*inputs[role].split("/"))
 
         policy, pairs = made_of(POLICY), made_of("pairs")
-        record = self.records.get(self._newest.get(evaluation.name, ""))
         settings = {
-            **_identities(policy, pairs, record or {}),
+            **_contents(policy, pairs),
             **self._places(policy),
             **_section("train", policy, but=("attention",)),
             **_section("data", pairs),
@@ -179,6 +182,24 @@ class StoredRuns:
         for artifact in (policy, evaluation):
             settings[f"{artifact.stage} schema"] = artifact.manifest["schema_version"]
         return FinishedRun(given, evaluation, policy, pairs, settings)
+
+    def _names(self, run: FinishedRun) -> dict[str, str]:
+        """What the newest record of a run calls its model, SAEs and data, by their content."""
+        record = self.records.get(self._newest.get(run.evaluation.name, ""))
+        if record is None:
+            return {}
+        named = record.get("settings", {})
+        data, saes = named.get("data", {}), named.get("sae", {})
+        sources = [saes.get("source"), *(one.get("source") for one in saes.get("also", ()))]
+        names = {
+            "model": [named.get("model", {}).get("source")], "sae": sources,
+            "data.train": data.get("train", ()), "data.heldout": data.get("heldout", ()),
+        }  # fmt: skip
+        return {
+            run.settings[key]: " + ".join(_last_part(source) for source in found)
+            for key, found in names.items()
+            if found and all(found)
+        }
 
     def _places(self, policy: Artifact) -> dict[str, str]:
         """Where the SAEs of the objective read: layers and sites, of all of them."""
@@ -195,29 +216,34 @@ def _section(name: str, artifact: Artifact, but: Sequence[str] = ()) -> dict[str
     return {f"{name}.{key}": value for key, value in recipe.items() if key not in but}
 
 
-def _identities(policy: Artifact, pairs: Artifact, record: Mapping[str, Any]) -> dict[str, str]:
-    """Model, reference, SAEs and data: their content, with the names that the record has."""
+def _contents(policy: Artifact, pairs: Artifact) -> dict[str, str]:
+    """Model, reference, SAEs and data, as their content is known."""
     inputs, data = policy.manifest["inputs"], pairs.manifest["inputs"]
-    named = record.get("settings", {})
     saes = [value for role, value in inputs.items() if role.partition("@")[0] == "sae"]
-    found = {
-        "model": _identity(data["model"], named.get("model", {}).get("source")),
-        "sae": _identity(" + ".join(map(_short, saes)), named.get("sae", {}).get("source")),
-    }
+    found = {"model": data["model"], "sae": " + ".join(saes)}
     if inputs["model"] != data["model"]:
-        found["reference"] = inputs["model"].removeprefix("artifact:")
-    for split in ("train", "heldout"):
-        sources = named.get("data", {}).get(split) or ()
-        found[f"data.{split}"] = _identity(data[split], ", ".join(map(str, sources)))
-    return found
+        found["reference"] = inputs["model"]
+    return {**found, "data.train": data["train"], "data.heldout": data["heldout"]}
 
 
-def _identity(content: str, name: Any) -> str:
-    """What something is called, with the start of its digest: names alone can be of two things."""
-    digest = _short(content)
-    return f"{str(name).rstrip('/').rpartition('/')[2]} ({digest})" if name else digest
+def _with_names(run: FinishedRun, called: Mapping[str, str]) -> FinishedRun:
+    """A run whose contents are called by a name, and the start of their digest.
+
+    The same content has one name in all runs, whatever their records call it.
+    """
+    shown = {
+        key: f"{called[content]} ({_short(content)})" if content in called else _short(content)
+        for key, content in run.settings.items()
+        if key in ("model", "reference", "sae", "data.train", "data.heldout")
+    }
+    return run._replace(settings={**run.settings, **shown})
 
 
-def _short(digest: str) -> str:
-    kind, colon, value = digest.rpartition(":")
-    return value[:DIGEST] if colon and kind in ("folder", "sae", "file") else digest[:40]
+def _last_part(source: str) -> str:
+    return source.rstrip("/").rpartition("/")[2]
+
+
+def _short(content: str) -> str:
+    """The start of each digest in a content's identity."""
+    parts = (part.removeprefix("artifact:").rpartition(":")[2] for part in content.split(" + "))
+    return " + ".join(part if "/" in part else part[:DIGEST] for part in parts)

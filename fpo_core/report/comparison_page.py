@@ -61,18 +61,22 @@ def headline(report: ComparisonReport) -> str:
     metric = next((m for m in report.metrics if m.key == "accuracy"), None)
     if metric is None:
         return f"{count}, which cannot be compared in their held-out accuracy."
-    best = max(range(len(report.runs)), key=lambda place: metric.runs[place].value)
+    values = [one.value for one in metric.runs]
+    best = values.index(max(values))
+    also = [
+        run.name for run, value in zip(report.runs, values, strict=True) if value == max(values)
+    ]
     clear, unclear = [], []
     for place, run in enumerate(report.runs):
-        if place != best:
+        if run.name not in also:
             (clear if excludes_zero(_lead(metric, best, place)) else unclear).append(run.name)
-    name = report.runs[best].name
-    value = with_unit(metric.runs[best].value, "share", 3)
-    text = f"{name} has the highest held-out accuracy, {value}"
+    verb = "has" if len(also) == 1 else "share"
+    value = with_unit(values[best], "share", 3)
+    text = f"{_listed(also)} {verb} the highest held-out accuracy, {value}"
     if clear:
         text += f", clearly above {_listed(clear)}"
     if unclear:
-        text += f"{'; it is' if clear else ', but is'} not clearly above {_listed(unclear)}"
+        text += f"{'; not' if clear else ', but not'} clearly above {_listed(unclear)}"
     return f"{text}."
 
 

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -12,7 +13,11 @@ from fpo_core.report.comparison_page import headline, render_comparison
 from fpo_core.report.comparison_tables import cost_of, differences, tables
 from fpo_core.report.latex import escape, latex
 from fpo_core.report.palette import TONES
-from tests.fpo_core.report.example_comparison import example_comparison, example_runs
+from tests.fpo_core.report.example_comparison import (
+    example_comparison,
+    example_metric,
+    example_runs,
+)
 from tests.fpo_core.report.test_charts import png_chunks
 from tests.fpo_core.report.test_page import read
 
@@ -248,4 +253,10 @@ def test_the_headline_claims_what_intervals_exclude_zero_for():
     text = headline(example_comparison()).replace("\u202f", " ")
     assert re.fullmatch(
         r"FPO has the highest held-out accuracy, \d\d\.\d %, clearly above .*SIMPO.*\.", text
+    )
+    alike = np.array([[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
+    metric = example_metric("accuracy", alike, unit="share", better="higher")
+    text = headline(example_comparison(metrics=(metric,))).replace("\u202f", " ")
+    assert text == (
+        "FPO and DPO share the highest held-out accuracy, 75.0 %, but not clearly above SIMPO."
     )
