@@ -35,6 +35,7 @@ from fpo_core.report.series import Series, read_series
 LONGEST_NAME, MOST_NAMED = 18, 8  # beyond them runs are called by letters
 PARTS = (*SIDES, "margin")
 PLANE_HEIGHT, BAR_HEIGHT, BAR_LABELS = 340, 34, 90
+DODGE = 0.015  # of the range of temperatures, between two runs
 NEAR, ABOVE = 0.2, 9  # share of the width within which names collide; pixels above their point
 KL = {
     part: Curve(f"kl_{part}", f"KL to the reference, {part}", "nats an answer, on held-out pairs")
@@ -209,7 +210,9 @@ def _plane(report: ComparisonReport, style: Style) -> tuple[tuple[Drawing, ...],
     across = across.axis(alt.Axis(grid=True, labelExpr=shares, tickCount=5, labelFlush=False))
     up = alt.Y("entropy:Q").title("entropy of sampled answers, nats").scale(scale)
     up = up.axis(alt.Axis(tickCount=5))
+    halo = palette.SURFACE.light  # keeps names readable where lines cross them
     drawn: list[Any] = []
+    names: list[Any] = []
     for row, (_, tag, colour, _, _) in enumerate(points):
         base = alt.Chart(data[row : row + 1]).encode(x=across, y=up)
         line = {"color": colour, "strokeWidth": 1.5, "opacity": 0.7}
@@ -217,21 +220,18 @@ def _plane(report: ComparisonReport, style: Style) -> tuple[tuple[Drawing, ...],
             base.mark_rule(**line).encode(x="accuracy_low:Q", x2="accuracy_high:Q"),
             base.mark_rule(**line).encode(y="entropy_low:Q", y2="entropy_high:Q"),
             base.mark_circle(color=colour, size=80, opacity=1),
-            base.mark_text(
-                text=tag,
-                align="left",
-                dx=8,
-                dy=shifts[tag],
-                color=colour,
-                fontSize=12,
-                fontWeight=600,
-            ),
         ]
+        name: dict[str, Any] = {
+            "text": tag, "align": "left", "dx": 8, "dy": shifts[tag], "fontSize": 12,
+            "fontWeight": 600,
+        }  # fmt: skip
+        names.append(base.mark_text(**name, color=halo, stroke=halo, strokeWidth=4))
+        names.append(base.mark_text(**name, color=colour))
     title = "Accuracy and entropy"
-    names = [run.name for run in report.runs]
-    chart = alt.layer(*drawn).properties(
+    every = [run.name for run in report.runs]
+    chart = alt.layer(*drawn, *names).properties(
         width=palette.WIDTH, height=PLANE_HEIGHT + style.legend,
-        title=style.title(title, f"lines: 95{NARROW}% intervals", names),
+        title=style.title(title, f"lines: 95{NARROW}% intervals", every),
     )  # fmt: skip
     said = [
         f"{name} {percent(x.value)} and {with_unit(y.value, 'nats', 3)} nats"
@@ -328,23 +328,29 @@ def _rate(style: Style, place: int, group: pl.DataFrame) -> Drawing:
             for tag, end in ends.items()
         }
     )
-    x = alt.X("temperature:Q").title("temperature of the answers")
-    x = x.axis(alt.Axis(grid=False, values=group["temperature"].unique().sort().to_list()))
+    temperatures = group["temperature"].unique().sort().to_list()
+    axis = alt.Axis(grid=False, values=temperatures, format="~g", labelFlush=False)
+    x = alt.X("at:Q").title("temperature of the answers").axis(axis)
+    x = x.scale(alt.Scale(zero=False, nice=False, padding=10))
+    step = DODGE * (temperatures[-1] - temperatures[0])
     y = alt.Y("value:Q").title(f"{score}, {benchmark}").scale(alt.Scale(zero=False, nice=True))
     drawn: list[Any] = []
     for run in runs:
         colour, tag = style.colours[run], style.tags[run]
-        base = alt.Chart(group.filter(pl.col("run") == run)).encode(x=x, y=y)
+        # Side by side: intervals at one temperature would hide each other.
+        at = pl.col("temperature") + step * (runs.index(run) - (len(runs) - 1) / 2)
+        mine = group.filter(pl.col("run") == run).with_columns(at.alias("at")).sort("at")
+        base = alt.Chart(mine).encode(x=x, y=y)
         drawn += [
             base.mark_line(color=colour, strokeWidth=2),
             base.mark_circle(color=colour, size=50, opacity=1),
             base.mark_rule(color=colour, strokeWidth=1.5, opacity=0.7).encode(
                 y="low:Q", y2="high:Q"
             ),
-            alt.Chart(ends[tag]).mark_text(
+            alt.Chart(mine[-1]).mark_text(
                 text=tag, align="left", dx=8, dy=shifts[tag], color=colour, fontSize=12,
                 fontWeight=600,
-            ).encode(x="temperature:Q", y="value:Q"),
+            ).encode(x="at:Q", y="value:Q"),
         ]  # fmt: skip
     title = "Win rate by temperature"
     chart: Chart = alt.layer(*drawn).properties(
@@ -352,5 +358,5 @@ def _rate(style: Style, place: int, group: pl.DataFrame) -> Drawing:
         title=style.title(title, f"{benchmark} against {opponent}", runs),
     )  # fmt: skip
     judged = [f"{row['judged']} of {row['asked']}" for row in group.to_dicts()]
-    caption = f"Judged of asked: {', '.join(dict.fromkeys(judged))}."
+    caption = f"Judged of asked: {', '.join(dict.fromkeys(judged))}. Runs are drawn side by side."
     return Drawing(figure(f"win_rate_{place}", chart, title, caption), group)

@@ -191,7 +191,8 @@ def test_another_sae_leaves_the_discrepancy_out_and_says_so(fpo, copied, tmp_pat
     assert result.code == 0, result.err
     told = " ".join(result.out.split())
     (reason,) = set(re.findall(r"not compared: Feature discrepancy, chosen: (.*?\))", told))
-    assert reason.startswith("they differ in the SAE (FPO, SAE sae (")
+    assert reason.startswith("they differ in the SAE (FPO: sae:")
+    assert "; DPO: sae:ffff" in reason
     assert "Sequential KL, chosen (nats)" in told
     _, page = read(tmp_path / "out" / "compare.html")
     assert "Not compared, because the values do not mean the same" in page.text
