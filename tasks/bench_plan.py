@@ -119,13 +119,15 @@ def add_benchmarks(recipe: Recipe, reference: str, policy: str, store: Store, ad
             source = {POLICY: f"artifact:policy/{policy}", REFERENCE: reference}.get(
                 model, f"artifact:{model}"
             )
-            stage = benchmark.answers_stage(model)
-            inputs = {"model": source, "questions": questions}
-            answers[model] = f"artifact:answers/{add(stage, _generation(recipe), inputs)}"
+            version = add(
+                benchmark.answers_stage(model), _generation(recipe),
+                {"model": source, "questions": questions},
+            )  # fmt: skip
+            role = "answers" if model == POLICY else f"answers of {model}"
+            answers[role] = f"artifact:answers/{version}"
         if benchmark.is_scored(recipe):
-            add(benchmark.stage, _scoring(recipe, benchmark), {
-                **answers, "pack": benchmark.pack.digest,
-            })  # fmt: skip
+            inputs = {"policy": policy, **answers, "pack": benchmark.pack.digest}
+            add(benchmark.stage, _scoring(recipe, benchmark), inputs)
 
 
 def _generation(recipe: Recipe) -> dict[str, Any]:

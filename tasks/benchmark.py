@@ -6,6 +6,7 @@ or another one with the same answers, asks nothing twice.
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import polars as pl
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from fpo_core.bench.model import Answers, Reply, Scored
+from fpo_core.bench.model import Answers, Reply, Score, Scored
 from fpo_core.errors import FPOError
 from fpo_core.judge.client import Judge
 from fpo_core.progress import Progress
@@ -172,9 +173,15 @@ def _record(
         "kind": planned.pack.kind,
         "opponent": opponent,
         "temperature": contest.temperature,
-        "scores": [score._asdict() for score in scored.scores],
+        "scores": [_score(score) for score in scored.scores],
         "notes": list(scored.notes),
     }
+
+
+def _score(score: Score) -> dict[str, Any]:
+    """As JSON, which has no NaN: the value is None where nothing could be judged."""
+    value = score.value if math.isfinite(score.value) else None
+    return {**score._asdict(), "value": value}
 
 
 def _summary(records: list[dict[str, Any]]) -> dict[str, float]:

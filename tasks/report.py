@@ -17,6 +17,8 @@ from fpo_core.report.model import (
     StageRow,
 )
 from fpo_core.report.page import render
+from tasks.benchmark import SCORES
+from tasks.plan import kind_of
 from tasks.run import Outcome, PipelineRun
 
 log = logging.getLogger("fpo.stage")
@@ -89,6 +91,12 @@ def gather(run: PipelineRun, outcomes: Mapping[str, Outcome]) -> RunReport:
         evaluation=f"{evaluation.stage}/{evaluation.version}",
         heldout_pairs=evaluation.manifest["stats"]["heldout_pairs"],
         heldout=pl.read_parquet(policy.path(HELDOUT)) if watched else pl.DataFrame(),
+        benchmarks=tuple(
+            record
+            for stage in run.plan.stages
+            if kind_of(stage) == "benchmark"
+            for record in json.loads(run.artifact(stage).path(SCORES).read_text())
+        ),
     )
 
 

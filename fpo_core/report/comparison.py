@@ -61,7 +61,7 @@ class ScoreRow:
 class ScoreCell:
     """One figure, with how many verdicts it rests on."""
 
-    value: float
+    value: float | None  # None: nothing could be judged
     low: float | None
     high: float | None
     judged: int
@@ -73,7 +73,7 @@ class ScoreTable:
     """Scores whose keys are equal."""
 
     benchmark: str
-    opponent: str
+    opponent: str | None  # None: the models were rated alone
     temperature: float | None
     key: dict[str, Any]
     columns: dict[str, tuple[str, str]]  # a figure's name -> its label and unit

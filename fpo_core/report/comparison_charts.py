@@ -30,6 +30,7 @@ from fpo_core.report.comparison_tables import REFERENCE, Cost, cost_of
 from fpo_core.report.findings import with_unit
 from fpo_core.report.heldout import every_point
 from fpo_core.report.human import NARROW, number, percent
+from fpo_core.report.scores import contest
 from fpo_core.report.series import Series, read_series
 
 LONGEST_NAME, MOST_NAMED = 18, 8  # beyond them runs are called by letters
@@ -355,7 +356,7 @@ def _rate(style: Style, place: int, group: pl.DataFrame) -> Drawing:
     title = "Win rate by temperature"
     chart: Chart = alt.layer(*drawn).properties(
         width=palette.WIDTH, height=CURVE_HEIGHT + style.legend,
-        title=style.title(title, f"{benchmark} against {opponent}", runs),
+        title=style.title(title, contest(benchmark, opponent), runs),
     )  # fmt: skip
     judged = [f"{row['judged']} of {row['asked']}" for row in group.to_dicts()]
     caption = f"Judged of asked: {', '.join(dict.fromkeys(judged))}. Runs are drawn side by side."

@@ -1,7 +1,7 @@
 """The tables of a comparison: the same cells for the page, LaTeX, the terminal and Parquet."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -16,6 +16,7 @@ from fpo_core.report.comparison import (
 from fpo_core.report.findings import metric_decimals, with_unit
 from fpo_core.report.human import NARROW, NOT_MEASURED, decimals_for, number, percent
 from fpo_core.report.model import Interval, MetricRow
+from fpo_core.report.scores import contest
 from fpo_core.report.view import Value, metric_view
 
 PAPER = ("accuracy", "entropy")  # the columns of the paper's Tables 3, 6 and 7
@@ -213,7 +214,7 @@ def _scores(place: int, table: ScoreTable) -> Table:
     heads = [f"{label} ({unit})" if unit else label for label, unit in table.columns.values()]
     rows, data = [], []
     for row in table.rows:
-        cells = [_score(row.cells.get(name), table.columns[name][1]) for name in table.columns]
+        cells = [score_value(row.cells.get(name), table.columns[name][1]) for name in table.columns]
         judged = list(dict.fromkeys(f"{c.judged} of {c.asked}" for c in row.cells.values()))
         rows.append((Value(row.run, ""), *cells, Value(", ".join(judged), "")))
         data += [
@@ -222,16 +223,17 @@ def _scores(place: int, table: ScoreTable) -> Table:
             for name, cell in row.cells.items()
         ]  # fmt: skip
     at = "" if table.temperature is None else f", temperature {table.temperature:g}"
-    key = "; ".join(f"{name}: {_flat(value)}" for name, value in table.key.items())
+    note = f"Key of these scores: {key_text(table.key)}."
     return Table(
-        f"scores_{place}", f"{table.benchmark} against {table.opponent}{at}",
-        ("Run", *heads, "Judged of asked"), 1, tuple(rows), f"Key of these scores: {key}.",
+        f"scores_{place}", f"{contest(table.benchmark, table.opponent)}{at}",
+        ("Run", *heads, "Judged of asked"), 1, tuple(rows), note,
         pl.DataFrame(data, infer_schema_length=None),
     )  # fmt: skip
 
 
-def _score(cell: ScoreCell | None, unit: str) -> Value:
-    if cell is None:
+def score_value(cell: ScoreCell | None, unit: str) -> Value:
+    """A figure of a benchmark with its interval, as text."""
+    if cell is None or cell.value is None:
         return NOTHING
     show = percent if unit == "share" else number
     if cell.low is None or cell.high is None:
@@ -240,6 +242,11 @@ def _score(cell: ScoreCell | None, unit: str) -> Value:
     decimals = 1 if in_percent else decimals_for(cell.high - cell.low)
     value, low, high = (show(one, decimals) for one in (cell.value, cell.low, cell.high))
     return Value(value, f"{low} to {high}".replace(f"{NARROW}%", ""))
+
+
+def key_text(key: Mapping[str, Any]) -> str:
+    """A score's key in a line."""
+    return "; ".join(f"{name}: {_flat(value)}" for name, value in key.items())
 
 
 def _flat(value: Any) -> str:

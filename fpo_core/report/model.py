@@ -4,8 +4,9 @@ Rendering reads only this module's types, so that a report can be made from any 
 or in a notebook.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 
@@ -91,3 +92,4 @@ class RunReport:
     evaluation: str = ""  # the artifact it was made from
     heldout_pairs: int | None = None  # that the intervals are over
     heldout: pl.DataFrame = field(default_factory=pl.DataFrame)  # a row a measurement in training
+    benchmarks: tuple[Mapping[str, Any], ...] = ()  # records of `scores.json`

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fpo_core.report import palette, view
+from fpo_core.report.benchmarks import contest_table
 from fpo_core.report.charts import CHART_NAMES, Drawn, Figure, draw
 from fpo_core.report.findings import headline
 from fpo_core.report.heldout import heldout_figures
@@ -62,6 +63,7 @@ def _page(report: RunReport, drawn: Drawn, watched: tuple[Figure, ...]) -> str:
             watched=watched,
             headline=headline(report),
             created=view.created_text(report.created),
+            benchmarks=[contest_table(record) for record in report.benchmarks],
             metrics=[view.metric_view(metric) for metric in report.metrics],
             clear=clear,
             compared=compared,

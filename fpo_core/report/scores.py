@@ -25,6 +25,11 @@ RATES_SCHEMA = {
 }  # fmt: skip
 
 
+def contest(benchmark: str, opponent: str | None) -> str:
+    """A benchmark's name, with whom its answers were compared; models can be rated alone."""
+    return benchmark if opponent is None else f"{benchmark} against {opponent}"
+
+
 def score_tables(runs: Mapping[str, Sequence[Record]]) -> tuple[ScoreTable, ...]:
     """The runs' scores in as many tables as there are keys.
 
@@ -62,8 +67,9 @@ def one_table(records: Sequence[tuple[str, Record]]) -> ScoreTable:
         columns |= {score["name"]: (score["label"], score["unit"]) for score in record["scores"]}
         if rows.setdefault(run, cells) != cells:
             raise FPOError(
-                f"run {run} has two results of {record['benchmark']} against {record['opponent']} "
-                f"with one key; one of them is not what its key says"
+                f"run {run} has two results of "
+                f"{contest(record['benchmark'], record['opponent'])} with one key; one of them is "
+                f"not what its key says"
             )
     return ScoreTable(
         first["benchmark"], first["opponent"], first["temperature"], dict(first["key"]), columns,
@@ -74,7 +80,7 @@ def one_table(records: Sequence[tuple[str, Record]]) -> ScoreTable:
 def why_apart(tables: Sequence[ScoreTable]) -> tuple[str, ...]:
     """A sentence for each benchmark and opponent that has several tables."""
     found = []
-    groups: dict[tuple[str, str], list[ScoreTable]] = {}
+    groups: dict[tuple[str, str | None], list[ScoreTable]] = {}
     for table in tables:
         groups.setdefault((table.benchmark, table.opponent), []).append(table)
     for (benchmark, opponent), members in groups.items():
@@ -84,7 +90,7 @@ def why_apart(tables: Sequence[ScoreTable]) -> tuple[str, ...]:
             entries |= dict.fromkeys(differing_entries(one, two))
         if len(members) > 1:
             found.append(
-                f"{benchmark} against {opponent} has {len(members)} tables, whose scores cannot be "
+                f"{contest(benchmark, opponent)} has {len(members)} tables, whose scores cannot be "
                 f"compared with each other: they differ in {', '.join(entries)}."
             )
     return tuple(found)

@@ -132,17 +132,19 @@ def test_another_judge_scores_the_same_answers(bench, tmp_path):
 def test_mistakes_are_told_before_anything_runs(bench, packs, tmp_path):
     store = tmp_path / "store"
     before = {info.name for info in list_artifacts(open_store(store))}
-    for more, said in {
-        ("--set", "benchmarks=[{pack: /nowhere}]"): "/nowhere",
-        ("--set", f"benchmarks=[{{pack: {packs / 'arena'}, against: [policy/1]}}]"): "16 hex digits",
-        ("--set", f"benchmarks=[{{pack: {packs / 'arena'}, against: []}}]"): "against: [reference]",
-        ("--set", f"benchmarks=[{{pack: {packs / 'arena'}}}, {{pack: {packs / 'arena'}}}]"): "once",
-        (
-            "--set", f"benchmarks=[{{pack: {packs / 'arena'}, against: [policy/{'0' * 16}]}}]",
-        ): "0000",
-        ("--only", "benchmark@arena-hard-v0.1"): "judge",
-    }.items():  # fmt: skip
-        done = bench(*more)
+    arena = f"pack: {packs / 'arena'}"
+    for benchmarks, said in {
+        "{pack: /nowhere}": "/nowhere",
+        f"{{{arena}, against: [policy/1]}}": "16 hex digits",
+        f"{{{arena}, against: []}}": "against: [reference]",
+        f"{{{arena}}}, {{{arena}}}": "once",
+        f"{{{arena}, against: [policy/{'0' * 16}]}}": "0000",
+        None: "judge",
+    }.items():
+        if benchmarks is None:
+            done = bench("--only", "benchmark@arena-hard-v0.1")
+        else:
+            done = bench("--set", f"benchmarks=[{benchmarks}]")
         assert done.code != 0
         assert said in done.err, done.err
         assert "Traceback" not in done.err

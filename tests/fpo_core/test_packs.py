@@ -310,7 +310,7 @@ def serving(files):
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_):
+        def log_message(self, *_args, **_named):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
