@@ -1,13 +1,14 @@
 """Whether judging keeps its configured number of requests in flight.
 
-    python -m benchmarks.judging [--rounds 3] [--answers 12]
+    python -m benchmarks.judging [--rounds 3] [--answers 12] [--seconds 4]
 
 Asks a scripted judge on loopback, in a process of its own, that takes its time over every answer:
-one second, or one second and for every tenth answer five. Every answer goes into a store in a
-folder, as in a run. Prints a Markdown table by concurrency, all of it as the server saw it: the
-most requests in flight at once; their mean number from the first request's arrival to the last's,
-as a share of the concurrency; and the throughput as a share of concurrency over the answers' mean
-time. That one counts the end of a run, too, where places stay empty while the last answers come.
+so many seconds; in an uneven run five times as many over every tenth. Every answer goes into a
+store in a folder, as in a run. Prints a Markdown table by concurrency, all of it as the server saw
+it: the most requests in flight at once; their mean number from the first request's arrival to the
+last's, as a share of the concurrency; and the throughput as a share of concurrency over the
+answers' mean time. That one counts the end of a run, too, where places stay empty while the last
+answers come.
 """
 
 import argparse
@@ -27,8 +28,8 @@ from storage.judgments import Judgments
 from storage.location import open_store
 from tests.judge_server import Asked, JudgeServer, judging, say, slowly
 
-QUICK, SLOW, EVERY = 1.0, 5.0, 10
-CONCURRENCY = (1, 8, 32, 64)
+SLOW, EVERY = 5, 10  # in an uneven run every tenth answer takes five times as long
+CONCURRENCY = (8, 32, 64)
 
 
 class Seen(NamedTuple):
@@ -44,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--answers", type=int, default=12, help="for each place in flight")
+    parser.add_argument("--seconds", type=float, default=4.0, help="that an answer takes")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -53,7 +55,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for kind in ("even", "uneven"):
         for concurrency in CONCURRENCY:
-            texts = [f"{kind} {number}" for number in range(concurrency * options.answers)]
+            texts = _questions(kind, concurrency * options.answers, options.seconds)
             rounds = [_measure(texts, concurrency) for _ in range(options.rounds)]
             best = sum(map(_seconds, texts)) / concurrency
             most = max(seen.most for seen in rounds)
@@ -66,10 +68,14 @@ def _of(values: list[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
 
 
+def _questions(kind: str, count: int, seconds: float) -> list[str]:
+    slow = [kind == "uneven" and number % EVERY == 0 for number in range(count)]
+    return [f"{seconds * (SLOW if late else 1)} s for {n}" for n, late in enumerate(slow)]
+
+
 def _seconds(text: str) -> float:
     """How long the judge takes over a question."""
-    kind, number = text.split()
-    return SLOW if kind == "uneven" and int(number) % EVERY == 0 else QUICK
+    return float(text.split()[0])
 
 
 def _serve() -> None:
