@@ -202,6 +202,7 @@ def _pinned(known: PackSettings, folder: Path) -> dict[str, PackFile]:
 def _fetch(pack: str, file: PackFile, target: Path) -> None:
     """One file, under its name only when it is whole and as pinned."""
     assert file.url is not None
+    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     by_hand = f"put it there as {target} by hand and run `fpo bench pull {pack}` again"
     try:
