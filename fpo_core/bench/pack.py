@@ -28,10 +28,10 @@ _READERS = {
 }
 # What files a pack of a kind has: the first it must have, the others it may.
 ROLES = {
-    "alpaca_eval": (("questions",), ("baseline", "judge", "difficulty")),
+    "alpaca_eval": (("questions",), ("baseline", "gamed")),
     "arena_hard": (("questions",), ("baseline", "judge")),
     "mt_bench": (("questions",), ("references", "judge")),
-    "ifeval": (("questions",), ()),
+    "ifeval": (("questions",), ("punkt_tab",)),
 }
 
 

@@ -40,7 +40,11 @@ _FASTCHAT = (
 )
 _GOOGLE = f"{_GITHUB}/google-research/google-research/041338718b4e8151372fd63677104c65b73a0a4e"
 _ALPACA = f"{_GITHUB}/tatsu-lab/alpaca_eval/2a8a6f3a4d535a3d11e5c3c8e74d1841d19fe693/results"
-_ALPACA_HUB = "https://huggingface.co/datasets/tatsu-lab/alpaca_eval/resolve/main"
+_ALPACA_HUB = (
+    "https://huggingface.co/datasets/tatsu-lab/alpaca_eval/resolve/"
+    "2edc6fad8be6b14ea7230aabfd08188da6b8b814"
+)
+_NLTK = f"{_GITHUB}/nltk/nltk_data/4f15a3d89eefe9748ec1c05be495d91289197155/packages"
 _DAVINCI = PackFile(
     path="text_davinci_003_outputs.json",
     url=f"{_ALPACA}/text_davinci_003/model_outputs.json",
@@ -63,11 +67,16 @@ KNOWN_PACKS = {
                 "baseline": PackFile(
                     path="alpaca_eval_gpt4_baseline.json",
                     url=f"{_ALPACA_HUB}/alpaca_eval_gpt4_baseline.json",
+                    sha256="83db546b872ddebee8965fd05fa48461ee3c32bc695c62fb57f2d214ff741ec4",
+                ),
+                "gamed": PackFile(
+                    path="df_gamed.csv", url=f"{_ALPACA_HUB}/df_gamed.csv",
+                    sha256="97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d",
                 ),
             },
             licence="CC BY-NC 4.0 (evaluation only)",
-            notes="against gpt4_1106_preview; the baseline's file is not pinned: no copy of it "
-            "could be checked",
+            notes="against gpt4_1106_preview, with what length control is fitted with; the sha256 "
+            "of the baseline and of df_gamed.csv are those that others published",
         ),
         PackSettings(
             name="arena-hard-v0.1", kind="arena_hard",
@@ -96,6 +105,11 @@ KNOWN_PACKS = {
                     path="input_data.jsonl",
                     url=f"{_GOOGLE}/instruction_following_eval/data/input_data.jsonl",
                     sha256="67ffeee0fcb87c317c5b08a2de85557b4a7e96ada6178aa645b4954fe4b53d49",
+                ),
+                "punkt_tab": PackFile(
+                    path="nltk_data/tokenizers/punkt_tab.zip",
+                    url=f"{_NLTK}/tokenizers/punkt_tab.zip",
+                    sha256="e57f64187974277726a3417ca6f181ec5403676c717672eef6a748a7b20e0106",
                 ),
             },
             licence="Apache-2.0",
@@ -202,6 +216,7 @@ def _pinned(known: PackSettings, folder: Path) -> dict[str, PackFile]:
 def _fetch(pack: str, file: PackFile, target: Path) -> None:
     """One file, under its name only when it is whole and as pinned."""
     assert file.url is not None
+    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     by_hand = f"put it there as {target} by hand and run `fpo bench pull {pack}` again"
     try:
