@@ -59,13 +59,17 @@ def reply(first, second=None):
     return Reply("m", "length", (tuple(top),))
 
 
-def judge_all(requests, seed=0):
-    """Log-probs by request key, made of the prompt's text."""
+def judge_all(requests, answers, rival):
+    """A judge who likes the policy, and long outputs; log-probs by request key."""
     replies = {}
     for request in requests:
-        digest = hashlib.sha256(f"{seed}{request.messages[-1][1]}".encode()).digest()
-        share = int.from_bytes(digest[:4]) / 2**32
-        replies[request.key] = reply(math.log(share + 1e-9), math.log(1 - share + 1e-9))
+        name, _, order = request.key.partition(":")
+        longer = len(answers.turns[name][0]) - len(rival.turns[name][0])
+        noise = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) / 2**32 - 0.5
+        logit = 0.7 + math.tanh(longer / 200) + 3 * noise
+        if order == "baseline-first":
+            logit = -logit
+        replies[request.key] = reply(-math.log1p(math.exp(-logit)), -math.log1p(math.exp(logit)))
     return replies
 
 
@@ -119,7 +123,7 @@ def annotated(real, package_annotator):
     """The real instructions judged by the package and by us from the same replies."""
     rows, pack, answers, texts = real
     requests = BENCH.requests(pack, answers, None)
-    replies = judge_all(requests)
+    replies = judge_all(requests, answers, BENCH.baseline(pack))
     # Three replies that say neither label.
     for request in requests[10:13]:
         replies[request.key] = Reply("The", "length", ((("The", -0.1),),))
@@ -227,6 +231,9 @@ def test_length_controlled_win_rate_is_the_packages(monkeypatch, tmp_path, real,
         low, high = own.low or 0, own.high or 0
         assert low <= own.value <= high
         assert high - low > 1  # points
+        # The judge likes the policy, and more so for its length.
+        assert abs(own.value - figures(scored)["win_rate"].value) > 0.5
+        assert own.value > 55
         assert ("no instruction difficulty" in own.label) == (used is pack)
         assert any("not the leaderboard's" in note for note in scored.notes)
 
@@ -280,7 +287,8 @@ def test_official_setting_has_no_note(tmp_path, real):
         tmp_path, [row | {"generator": "gpt4_1106_preview"} for row in rows], gamed_file(tmp_path)
     )
     answers = answer(pack, texts)
-    replies = judge_all(BENCH.requests(pack, answers, None))
+    requests = BENCH.requests(pack, answers, None)
+    replies = judge_all(requests, answers, BENCH.baseline(pack))
     scored = BENCH.score(pack, answers, None, replies, resamples=2)
     assert scored.notes == ()
     assert figures(scored)["lc_win_rate"].label == "Length-controlled win rate"
@@ -470,7 +478,7 @@ def test_bad_gamed_file_is_told(tmp_path, real, text, message):
     path = tmp_path / "df_gamed.csv"
     path.write_text(text)
     pack = pack._replace(files=pack.files | {"gamed": path})
-    replies = judge_all(BENCH.requests(pack, answers, None, 6))
+    replies = judge_all(BENCH.requests(pack, answers, None, 6), answers, BENCH.baseline(pack))
     with pytest.raises(FPOError, match=message):
         BENCH.score(pack, answers, None, replies, limit=6)
 
