@@ -60,14 +60,15 @@ def test_the_originals_are_taken_as_they_are(folder, kind, roles):
 
 
 def test_the_table_pins_what_the_originals_hold():
-    """Every real file here is one of the table's, by content."""
+    """Every real file here is one of the table's, by content; three of the table's are not here."""
     here = {
         hashlib.sha256(file.read_bytes()).hexdigest()
         for name in ("arena_hard", "mt_bench", "alpaca_eval", "ifeval")
         for file in real_pack(name).iterdir()
     }
     pinned = {file.sha256 for pack in KNOWN_PACKS.values() for file in pack.files.values()}
-    assert pinned - {None} == here
+    assert here < pinned
+    assert len(pinned - here - {None}) == 3
 
 
 def test_known_packs_come_by_https_from_fixed_commits():
