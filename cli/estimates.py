@@ -1,10 +1,13 @@
 """How ``fpo plan`` shows what a run would cost."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
 from cli.show import new_table
 from tasks.estimate import Estimate, Estimates
+from tasks.judging_cost import JudgingCost
 from tasks.run import human_bytes
 
 
@@ -28,6 +31,27 @@ def print_estimates(estimates: Estimates) -> None:
     console.print(table)
     for line in estimates.rests_on:
         console.print(f"- {line}", highlight=False, soft_wrap=True)
+
+
+def print_judging(costs: Sequence[JudgingCost]) -> None:
+    """A line a benchmark: what a judge would be asked, and what that costs at most."""
+    console = Console()
+    table: Table = new_table(
+        "benchmark", "answers", "verdicts", "to ask", "prompt tokens", "reply tokens, most", "USD"
+    )
+    for name, cost, answers in costs:
+        table.add_row(
+            name, answers, f"{cost.asked:,}", f"{cost.left:,}", f"{cost.prompt_tokens:,}",
+            f"{cost.most_reply_tokens:,}", "" if cost.usd is None else f"{cost.usd:,.2f}",
+        )  # fmt: skip
+    console.print(table)
+    estimates = [cost.estimate for cost in costs]
+    console.print(f"- tokens: {estimates[0].counted_by}", highlight=False)
+    if any(estimate.usd is None for estimate in estimates):
+        console.print(
+            "- judge.price.prompt and judge.price.reply, USD a million tokens, give the price",
+            highlight=False,
+        )
 
 
 def _time(stage: Estimate) -> str:

@@ -73,9 +73,15 @@ def run(
             "--report", metavar="DIR", help="Where the report goes [reports/RECIPE-METHOD]."
         ),
     ] = None,
+    estimate_cost: Annotated[
+        bool,
+        typer.Option(
+            "--estimate-cost", help="Tell what the judge would cost; ask and run nothing."
+        ),
+    ] = False,
     store: StoreUrl = None,
 ) -> None:
-    """Run a recipe: tokenize, reference, features, train, evaluate.
+    """Run a recipe: tokenize, reference, features, train, benchmarks, evaluate.
 
     Stages that are done are reused; a run that was interrupted goes on where it stopped.
 
@@ -84,6 +90,7 @@ def run(
       fpo run quickstart
       fpo run quickstart --set train.method=simpo --set train.seed=1
       fpo run quickstart --from train --force
+      fpo run my-recipe.yaml --estimate-cost
     """
     from tasks.report import bring_report
     from tasks.run import prepare_run
@@ -98,6 +105,12 @@ def run(
         "recipe %s, method %s, store %s%s", prepared.recipe.name, prepared.recipe.train.method,
         prepared.store.url, new,
     )  # fmt: skip
+    if estimate_cost:
+        from cli.estimates import print_judging
+        from tasks.judging_cost import judging_costs
+
+        print_judging(judging_costs(prepared))
+        return
     outcomes = prepared.reuse(stages)
     if outcomes is not None:
         if "evaluate" in outcomes:

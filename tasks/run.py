@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fpo_core.errors import FPOError, Preempted
+from fpo_core.judge import check_judge
 from fpo_core.memory import release_gpu_memory
 from fpo_core.models.load import model_folder
 from fpo_core.models.source import identify
@@ -277,9 +278,12 @@ def prepare_run(
     stages = selected_stages(plan, first, only)
     if any(kind_of(stage) in ("reference", "features") for stage in stages):
         check_ray(settings.resources.inference)
+    run = PipelineRun(settings, artifacts, plan, frozenset(stages if force else ()))
+    if settings.judge and any(kind_of(s) == "benchmark" and run.missing(s) for s in stages):
+        check_judge(settings.judge)  # its key, before the hours ahead of the first verdict
     if {"sft", "train"} & set(stages):
         run_hosts(settings.resources)  # a bad hostfile is told before the hours ahead of training
-    return PipelineRun(settings, artifacts, plan, frozenset(stages if force else ())), stages
+    return run, stages
 
 
 def recipe_store(recipe: Recipe, given: str | None) -> Store:

@@ -118,6 +118,25 @@ def test_a_judge_compares_with_baseline_and_reference_and_is_asked_nothing_twice
     assert server.url not in arena.path("scores.json").read_text()
 
 
+def test_the_cost_is_told_before_and_after_the_answers_and_nothing_is_asked(bench, tmp_path):
+    with judging(lambda _: say("[[A=B]]")) as server:
+        price = ("--set", "judge.price={prompt: 10, reply: 30}")
+        before = bench("--estimate-cost", *price, judge=server)
+        assert before.code == 0, before.err
+        assert "as long as they may be" in before.out
+        # 4 questions, 2 orders, 2 opponents, 2 temperatures, and 512 tokens a reply.
+        assert "32" in before.out
+        assert f"{32 * 512:,}" in before.out
+        assert server.asked == []
+        assert not artifacts(tmp_path / "store", "answers")
+        assert bench(judge=server).code == 0
+        asked = len(server.asked)
+        after = bench("--estimate-cost", *price, judge=server)
+        assert "stored" in after.out
+        assert "0.00" in after.out
+        assert len(server.asked) == asked
+
+
 def test_another_judge_scores_the_same_answers(bench, tmp_path):
     with judging(lambda _: say("[[A=B]]")) as server:
         assert bench(judge=server).code == 0
@@ -129,7 +148,8 @@ def test_another_judge_scores_the_same_answers(bench, tmp_path):
     assert len(artifacts(tmp_path / "store", "scores")) == 3
 
 
-def test_mistakes_are_told_before_anything_runs(bench, packs, tmp_path):
+def test_mistakes_are_told_before_anything_runs(bench, packs, tmp_path, monkeypatch):
+    monkeypatch.delenv("FPO_NO_SUCH_KEY", raising=False)
     store = tmp_path / "store"
     before = {info.name for info in list_artifacts(open_store(store))}
     arena = f"pack: {packs / 'arena'}"
@@ -148,4 +168,9 @@ def test_mistakes_are_told_before_anything_runs(bench, packs, tmp_path):
         assert done.code != 0
         assert said in done.err, done.err
         assert "Traceback" not in done.err
+    keyless = bench("--set", "judge={model: m, key_env: FPO_NO_SUCH_KEY}")
+    assert keyless.code == 1
+    assert "FPO_NO_SUCH_KEY" in keyless.err
+    nothing = bench("--estimate-cost")
+    assert (nothing.code, "no judge (judge.model)" in nothing.err) == (1, True)
     assert {info.name for info in list_artifacts(open_store(store))} == before
