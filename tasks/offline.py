@@ -110,10 +110,12 @@ class OfflineWorker:
             on_tokens: told how many tokens were done after each batch.
         """
         from fpo_core.data.batches import check_vocabulary
+        from fpo_core.logprobs import output_head
         from fpo_core.offline import score_shard
 
         pairs = read_pair_ids(self._pairs.table(shard=todo.shard))
-        check_vocabulary(pairs, self._model.config.vocab_size)
+        # The head, not the configuration: a multimodal one has its text model's inside.
+        check_vocabulary(pairs, len(output_head(self._model).weight))
         stages = [stage for stage in self._saes if stage in todo.stages]
         scores = score_shard(
             self._model, pairs, [self._saes[stage] for stage in stages],
