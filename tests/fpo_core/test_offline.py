@@ -197,6 +197,18 @@ def test_features_alone_are_bitwise_what_all_together_give(pairs, sae, tmp_path)
     assert reference.tokens == every.tokens == sum(pair.length for pair in pairs)
 
 
+@pytest.mark.parametrize("want_reference", [True, False])
+def test_for_features_alone_nothing_runs_after_the_deepest_sae(pairs, sae, want_reference):
+    model, ran = make_model(), []
+    inner = model.model
+    for part in (inner.layers[SAE_LAYER], inner.layers[SAE_LAYER + 1], inner.norm):
+        part.register_forward_pre_hook(lambda module, _inputs: ran.append(module))
+    score(model, pairs, sae, want_reference=want_reference)
+    assert inner.layers[SAE_LAYER] in ran
+    for later in (inner.layers[SAE_LAYER + 1], inner.norm):
+        assert (later in ran) == want_reference
+
+
 def test_statistics_of_shards_merge_to_those_of_the_whole(pairs, sae):
     def stats(part):
         return score(make_model(), part, sae).features[0].stats
