@@ -14,7 +14,12 @@ from fpo_core.errors import FPOError
 from fpo_core.features.stats import StatsMerge
 from fpo_core.features.tables import FeatureTables, ScoredTokens
 from fpo_core.hookpoint import Hookpoint
-from fpo_core.models.budget import TokenBudget, affordable_tokens, token_budget
+from fpo_core.models.budget import (
+    TokenBudget,
+    affordable_tokens,
+    is_out_of_memory,
+    token_budget,
+)
 from fpo_core.models.forward import prompt_cost
 from fpo_core.offline import WantedFeatures, score_shard
 from fpo_core.recipe.schema import FeatureSettings
@@ -369,9 +374,36 @@ def test_a_budget_below_the_longest_pair_names_it(pairs, sae):
     longest = max(pairs, key=lambda pair: pair.length)
     with pytest.raises(FPOError, match=f"=9 is too small for pair {longest.pair_id}, .*`auto`"):
         score(make_model(), pairs, sae, budget=9)
-    found = TokenBudget(9, given=False)
-    found.check(pairs)
-    assert found.tokens == longest.length
+    TokenBudget(9, given=False).check(pairs)  # of one that was found, each goes alone
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_pair_longer_than_the_halved_budget_goes_alone(pairs, sae, given):
+    """In the shard that ran out of memory and in those after it, whose budget stays halved."""
+    longest = max(pair.length for pair in pairs)
+    model, sizes = short_of_memory(make_model(), longest)
+    wanted = [WantedFeatures(load_coder(sae), HERE, SETTINGS)]
+    budget = TokenBudget(longest + 6, given=given)
+    shards = [
+        score_shard(model, part, wanted, want_reference=True, budget=budget)
+        for part in (pairs, pairs[::-1], pairs)
+    ]
+    assert sum(size > longest for size in sizes) == 1
+    assert budget.tokens == (longest + 6) // 2 < longest
+    same(shards[0], shards[2], exactly=True)
+    assert [shard.tokens for shard in shards] == [sum(pair.length for pair in pairs)] * 3
+
+
+@pytest.mark.parametrize(
+    ("said", "short"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`", False),
+    ],
+)
+def test_what_torch_says_when_memory_is_short(said, short):
+    assert is_out_of_memory(RuntimeError(said)) == short
 
 
 def test_the_budget_that_is_found():
