@@ -370,6 +370,41 @@ def test_out_of_memory_halves_the_batches_once(pairs, sae, caplog):
         score(model, pairs, sae, budget=60)
 
 
+@pytest.mark.parametrize(
+    ("want_reference", "what"), [(True, "log-probs"), (False, "activations at layer 1 resid_post")]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(pairs, sae, want_reference, what, value):
+    """In one of the pairs that share a batch; no feature fires at NaN."""
+    model, bad = make_model(), pairs[2]
+    rows = []
+
+    def read(_module, _args, kwargs):
+        rows[:] = (kwargs["input_ids"][:, 0] == bad.prompt[0]).nonzero().flatten().tolist()
+
+    def poison(_module, _inputs, output):
+        output[rows, len(bad.prompt) :] = value
+
+    model.model.register_forward_pre_hook(read, with_kwargs=True)
+    model.model.layers[0].register_forward_hook(poison)
+    with pytest.raises(FPOError, match=rf"{what} are not finite .* in the pairs p2: .*dtype"):
+        score(model, pairs, sae, want_reference=want_reference)
+
+
+def test_many_pairs_of_numbers_that_are_not_finite_are_counted(pairs, sae):
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(float("nan"))
+    with pytest.raises(FPOError, match=r"in the pairs p\d, p\d, p\d and 3 more: "):
+        score(model, pairs, sae, budget=10_000)
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_an_empty_response_is_told_with_its_pair(pairs, sae, side):
+    with pytest.raises(FPOError, match="pair p3 has an empty response.*rerun from tokenize"):
+        score(make_model(), [*pairs[:3], pairs[3]._replace(**{side: ()})], sae)
+
+
 def test_a_budget_below_the_longest_pair_names_it(pairs, sae):
     longest = max(pairs, key=lambda pair: pair.length)
     with pytest.raises(FPOError, match=f"=9 is too small for pair {longest.pair_id}, .*`auto`"):
