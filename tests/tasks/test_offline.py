@@ -1,12 +1,15 @@
 """The pass behind ``reference`` and ``features`` on real models and a real store."""
 
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
 
 from fpo_core.errors import FPOError
-from tasks.offline import score_shards
+from storage.writer import ArtifactWriter
+from tasks.fanout import Todo
+from tasks.offline import OfflineJob, OfflineWorker, score_shards
 from tasks.run import PipelineRun, prepare_run
 from tasks.tokenize import tokenize
 from tests.fpo_core.test_architectures import VISION
@@ -73,3 +76,65 @@ def test_pairs_of_another_tokenizer_are_refused(tokenized, tmp_path, stage):
         pytest.raises(FPOError, match=r"the token id \d+, the model's vocabulary has 200"),
     ):
         score_shards(run, writers)
+
+
+def test_a_shard_is_finished_while_the_next_is_computed(tokenized, monkeypatch):
+    """And stays so whatever becomes of that."""
+    run, compute = tokenized(), OfflineWorker.compute
+
+    def waits(worker, todo, on_tokens):
+        if todo.shard == 1:
+            computing.set()
+            assert finished.wait(30)
+            raise RuntimeError("no more")
+        return compute(worker, todo, on_tokens)
+
+    monkeypatch.setattr(OfflineWorker, "compute", waits)
+    computing, finished = Event(), Event()
+    put_receipt = ArtifactWriter.put_receipt
+
+    def put(writer, receipt):
+        assert computing.wait(30)  # shard 1 has begun
+        put_receipt(writer, receipt)
+        finished.set()
+
+    monkeypatch.setattr(ArtifactWriter, "put_receipt", put)
+    with run.writers_beside(["reference"]) as writers:
+        with pytest.raises(RuntimeError, match="no more"):
+            score_shards(run, writers)
+        assert list(writers["reference"].finished_shards()) == [0]
+
+
+def test_what_was_being_written_is_finished_when_the_next_shard_fails(tokenized, monkeypatch):
+    run, compute = tokenized(), OfflineWorker.compute
+    failed, put_tables = Event(), ArtifactWriter.put_tables
+
+    def fails(worker, todo, on_tokens):
+        if todo.shard == 2:
+            failed.set()
+            raise FPOError("no more")
+        return compute(worker, todo, on_tokens)
+
+    def put(writer, index, tables):
+        assert index == 0 or failed.wait(30)
+        return put_tables(writer, index, tables)
+
+    monkeypatch.setattr(OfflineWorker, "compute", fails)
+    monkeypatch.setattr(ArtifactWriter, "put_tables", put)
+    with run.writers_beside(["reference"]) as writers:
+        with pytest.raises(FPOError, match="no more"):
+            score_shards(run, writers)
+        assert list(writers["reference"].finished_shards()) == [0, 1]
+
+
+def test_workers_of_other_processes_hold_no_decoder(tokenized):
+    """The gate, which reads it, ran before they began."""
+    run = tokenized()
+    with run.writers_beside(BOTH) as writers:
+        here = OfflineWorker(run, writers)
+        assert here._saes["features"].coder.W_dec is not None
+        here.gate()
+        there = OfflineJob.of(run, BOTH).worker()
+        for worker in (here, there):
+            assert worker._saes["features"].coder.W_dec is None
+        assert there.run(Todo(1, BOTH)) == here.run(Todo(1, BOTH))
