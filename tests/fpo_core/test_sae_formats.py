@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fpo_core.errors import FPOError
 from fpo_core.hookpoint import Hookpoint
@@ -196,6 +197,47 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
         load_coder(save(tmp_path / "a", short, SPARSIFY))
     with pytest.raises(FPOError, match=r"what W_skip in sae\.safetensors does is not known"):
         load_coder(save(tmp_path / "b", {**STATE, "W_skip": random(2)}, SPARSIFY))
+
+
+STORED = {  # written by their formats' names for the encoder
+    "sae_weights.safetensors": "W_enc",
+    "sae.safetensors": "encoder.weight",
+    "params.npz": "W_enc",
+    "params.safetensors": "w_enc",
+}
+
+
+def save_format(folder: Path, file: str, value: float) -> Path:
+    """An SAE in the format that has such a file; one weight of its encoder has that value."""
+    if file == "sae_weights.safetensors":
+        return edit(save_sae(folder) / file, value)
+    if file == "sae.safetensors":
+        return edit(save(folder, STATE, SPARSIFY) / file, value)
+    weights = load_file(save_sae(folder / "lens") / "sae_weights.safetensors")
+    weights["W_enc"][3, 4] = value
+    if file == "params.npz":
+        np.savez(folder / file, **{name: tensor.numpy() for name, tensor in weights.items()})  # pyright: ignore[reportArgumentType]
+    else:
+        save_file({name.replace("W_", "w_"): w for name, w in weights.items()}, folder / file)
+    return folder
+
+
+def edit(file: Path, value: float) -> Path:
+    state = load_file(file)
+    state[STORED[file.name]][3, 4] = value
+    save_file(state, file)
+    return file.parent
+
+
+@pytest.mark.parametrize("file", STORED)
+@pytest.mark.parametrize("decoder", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path, file, decoder, value):
+    fine = load_coder(save_format(tmp_path / "layers.2", file, 0.5), decoder=decoder)
+    assert (fine.W_enc == 0.5).sum() == 1
+    folder = save_format(tmp_path / "layers.3", file, value)
+    with pytest.raises(FPOError, match=rf"W_enc in {re.escape(file)} is damaged: .*not finite"):
+        load_coder(folder, decoder=decoder)
 
 
 def fits(tmp_path: Path, model: Any, hookpoint: Hookpoint, width: int = WIDTH, **declared) -> None:
