@@ -2,7 +2,9 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from fpo_core.errors import FPOError
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.architectures import ARCHITECTURES
 from fpo_core.models.hooks import activations_at
+from fpo_core.sae import source
 from fpo_core.sae.coder import check_bos, check_fits, load_coder
 from fpo_core.sae.config import parse_config
 from fpo_core.sae.declared import declared_place
@@ -238,6 +241,42 @@ def test_weights_that_are_not_finite_are_named(tmp_path, file, decoder, value):
     folder = save_format(tmp_path / "layers.3", file, value)
     with pytest.raises(FPOError, match=rf"W_enc in {re.escape(file)} is damaged: .*not finite"):
         load_coder(folder, decoder=decoder)
+
+
+def test_two_processes_may_fetch_the_same_sae(tmp_path, monkeypatch):
+    """The second one finds the first one's folder in its place."""
+    monkeypatch.setenv("FPO_CACHE", str(tmp_path))
+    together = Barrier(2)
+
+    def fetch(_release, _sae_id, folder):
+        together.wait(30)
+        save_sae(folder)
+
+    monkeypatch.setattr(source, "_fetch", fetch)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(sae_folder, ["release:id"] * 2))
+    assert found[0] == found[1]
+    assert load_coder(found[0]).d_sae == D_SAE
+    assert [path.name for path in (tmp_path / "saes").iterdir()] == ["release--id"]
+
+
+def test_where_the_files_of_a_hub_repository_may_be_put(tmp_path, monkeypatch):
+    """One that sae-lens' directory does not have: ``from_pretrained`` would not find it either."""
+    monkeypatch.setenv("FPO_CACHE", str(tmp_path))
+
+    def fetch(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(source, "_fetch", fetch)
+    with pytest.raises(FPOError) as refused:
+        sae_folder("owner/name:layers.3")
+    place = tmp_path / "saes" / "owner__name--layers.3"
+    assert "get cfg.json and sae.safetensors (in sae-lens' format sae_w" in str(refused.value)
+    assert "of the folder layers.3 of the hub's owner/name" in str(refused.value)
+    assert str(refused.value).endswith(f"put them into {place}")
+    assert "from_pretrained" not in str(refused.value)
+    save(place, STATE, SPARSIFY)
+    assert load_coder(sae_folder("owner/name:layers.3")).hook == "layers.3"
 
 
 def fits(tmp_path: Path, model: Any, hookpoint: Hookpoint, width: int = WIDTH, **declared) -> None:
