@@ -259,5 +259,7 @@ def check_bos(
     raise FPOError(
         f"SAE {name}: it declares prepend_bos, but the prompts begin with token {prompt_ids[0]}, "
         f"not with BOS ({bos_token_id}): it has never seen such activations. Take a chat template "
-        f"that writes BOS (data.template=halos does), or an SAE that was trained without it"
+        f"that writes BOS (data.template=halos does), or an SAE that was trained without it. One "
+        f"of before version 6 of sae-lens that says nothing of prepend_bos had it; if this one had "
+        f"not, write prepend_bos=false into its cfg.json"
     )

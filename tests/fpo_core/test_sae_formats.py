@@ -279,6 +279,24 @@ def test_where_the_files_of_a_hub_repository_may_be_put(tmp_path, monkeypatch):
     assert load_coder(sae_folder("owner/name:layers.3")).hook == "layers.3"
 
 
+@pytest.mark.parametrize(
+    ("declared", "prepend_bos"),
+    [
+        ({}, True),
+        ({"prepend_bos": False}, False),
+        ({"sae_lens_version": "5.10.3"}, True),
+        ({"metadata": {"sae_lens_version": "4.0"}}, True),
+        ({"metadata": {"sae_lens_version": "6.0.0-rc.1"}}, False),
+        ({"metadata": {"sae_lens_version": "6.54.12"}}, False),
+        ({"metadata": {"sae_lens_version": "6.54.12", "prepend_bos": True}}, True),
+        ({"metadata": {"sae_lens_version": "10.0.0"}}, False),
+    ],
+)
+def test_before_version_6_bos_is_the_default(declared, prepend_bos):
+    """As in sae-lens' ``handle_config_defaulting``; ``test_sae_lens.py`` compares them."""
+    assert parse_config({**PLAIN, **declared}, "x").prepend_bos == prepend_bos
+
+
 def fits(tmp_path: Path, model: Any, hookpoint: Hookpoint, width: int = WIDTH, **declared) -> None:
     folder = save_sae(tmp_path / str(len(list(tmp_path.iterdir()))), width, metadata=declared)
     check_fits(load_coder(folder), model, hookpoint, "mine")
