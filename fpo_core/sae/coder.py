@@ -75,9 +75,9 @@ class SparseCoder(NamedTuple):
         return self.W_enc.shape[1]
 
     def chunks(self, tokens: int) -> Iterator[slice]:
-        """Slices of a number of tokens, each as long as encoding at a time should be."""
+        """Slices of a number of tokens, each as long as encoding at a time should be; one if 0."""
         size = max(1, CHUNK_ELEMENTS // self.d_sae)
-        for start in range(0, tokens, size):
+        for start in range(0, max(1, tokens), size):
             yield slice(start, min(start + size, tokens))
 
     def encode(self, x: Tensor) -> Tensor:

@@ -243,6 +243,30 @@ def test_weights_that_are_not_finite_are_named(tmp_path, file, decoder, value):
         load_coder(folder, decoder=decoder)
 
 
+def test_a_k_beyond_the_features_is_refused(tmp_path):
+    """Before any weights are read."""
+    message = rf"k={D_SAE + 1} of its cfg\.json is more than its {D_SAE} features"
+    sparse = save(tmp_path / "h.3", STATE, {**SPARSIFY, "k": D_SAE + 1})
+    lens = save_sae(tmp_path / "lens", architecture="topk", k=D_SAE + 1)
+    for folder in (sparse, lens):
+        for read in (load_coder, lambda folder: declared_width(str(folder))):
+            with pytest.raises(FPOError, match=message):
+                read(folder)
+    assert load_coder(save_sae(tmp_path / "all", architecture="topk", k=D_SAE)).k == D_SAE
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [{}, {"architecture": "topk", "k": 5}, {"normalize_activations": "constant_norm_rescale"}],
+)
+def test_no_tokens_have_no_features(tmp_path, declared):
+    coder = load_coder(save_sae(tmp_path, **declared))
+    token, feature, value = coder.active(torch.empty(0, HIDDEN))
+    assert len(token) == len(feature) == len(value) == 0
+    columns = coder.encode_columns(torch.empty(0, HIDDEN), torch.tensor([2, 5]))
+    assert columns.shape == (0, 2)
+
+
 def test_two_processes_may_fetch_the_same_sae(tmp_path, monkeypatch):
     """The second one finds the first one's folder in its place."""
     monkeypatch.setenv("FPO_CACHE", str(tmp_path))
