@@ -5,7 +5,7 @@
 SmolLM2-135M-Instruct and real preference pairs, read at layer 20 by a JumpReLU SAE with random
 directions of which 50 features a token fire. Of the same length-sorted batches, in turn:
 
-- ``forward``: the model's blocks up to the layer and nothing else, masks made beforehand;
+- ``forward``: the model's blocks up to the layer and each batch's mask, and nothing else;
 - ``matmul``: scored activations times the encoder's weight and nothing else;
 - ``features``: the stage's pass: everything from token ids to Parquet shards in a store, the merge
   of the statistics included;
@@ -15,7 +15,8 @@ directions of which 50 features a token fire. Of the same length-sorted batches,
   counted alike for both, as it reads them.
 
 A ratio is of one round's times; medians and the range over the rounds are printed. With
-``--memory`` instead: the peak of the features pass of gemma2-tiny over 300 and over 30,000 pairs.
+``--memory`` instead: the peak of the features pass of gemma2-tiny over 300 and over 30,000 pairs,
+in a loop of its own that writes a shard before it computes the next; the stage does both at once.
 """
 
 import argparse

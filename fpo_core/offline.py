@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fpo_core.data.batches import PairBatch, PairIds, by_length, collate, that_fit
 from fpo_core.data.prompt_rows import rows_of
+from fpo_core.errors import FPOError
 from fpo_core.features.tables import Columns, FeatureColumns, FeatureTables, ScoredTokens
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.budget import TokenBudget, is_out_of_memory
@@ -24,6 +26,8 @@ from fpo_core.recipe.schema import FeatureSettings
 from fpo_core.sae.coder import ActiveFeatures, SparseCoder
 
 log = logging.getLogger("fpo.stage")
+
+NAMED = 3  # pairs, at most, that a message names
 
 
 class WantedFeatures(NamedTuple):
@@ -64,8 +68,10 @@ def score_shard(
         on_tokens: told how many tokens were done after each batch.
 
     Raises:
-        FPOError: a pair is longer than the budget, or memory is short of half of it too.
+        FPOError: a pair is longer than the budget or has no response, memory is short of half of
+            the budget too, or the model's numbers are not finite.
     """
+    _check_responses(pairs)
     budget.check(pairs)
     rows = rows_of(pairs, prompt_cost(model))
     lengths = [row.ids.length for row in rows]
@@ -104,10 +110,38 @@ def _pass(
     logps = np.empty(0)
     if want_reference:
         out = forward_pairs(model, batch, hookpoints)
+        _check_finite(out.logps, "log-probs", batch, torch.arange(len(batch.lengths)))
         logps, activations = out.logps.cpu().numpy(), out.activations
     else:
         activations = scored_activations(model, batch, hookpoints)
+    for place, x in zip(hookpoints, activations, strict=True):
+        _check_finite(x, f"activations at {place}", batch, batch.response)
     return logps, [sae.coder.active(x) for sae, x in zip(saes, activations, strict=True)]
+
+
+def _check_responses(pairs: Sequence[PairIds]) -> None:
+    for pair in pairs:
+        if not len(pair.chosen) or not len(pair.rejected):
+            raise FPOError(
+                f"pair {pair.pair_id} has an empty response, which nothing can be measured on: "
+                f"rerun from tokenize, which leaves such pairs out"
+            )
+
+
+def _check_finite(values: Tensor, what: str, batch: PairBatch, response: Tensor) -> None:
+    """No feature fires at NaN: unchecked, the tables would say that there are none."""
+    finite = values.isfinite()
+    if finite.all():
+        return
+    bad = ~finite.flatten(1).all(1) if finite.ndim > 1 else ~finite
+    rows = (response.to(bad.device)[bad] // 2).tolist()
+    pairs = list(dict.fromkeys(batch.pair_ids[row] for row in rows))
+    more = f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
+    raise FPOError(
+        f"the model's {what} are not finite (NaN or infinite) in the pairs "
+        f"{', '.join(pairs[:NAMED])}{more}: its weights are damaged, or it overflows. Set "
+        f"model.dtype=float32 or model.attention=eager where that is not so, or fetch it again"
+    )
 
 
 class _Gatherer:

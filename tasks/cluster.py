@@ -93,7 +93,7 @@ def _check_answers(address: str) -> None:
     place = urlsplit(address if "://" in address else f"ray://{address}")
     try:
         socket.create_connection((place.hostname, place.port), ANSWER_SECONDS).close()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a port beyond 65535 is no value
         raise FPOError(
             f"resources.inference.address={address}: no Ray cluster answers there ({error}). Start "
             f"one there with `ray start --head`, or leave the address out: then one is started on "

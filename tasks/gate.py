@@ -92,12 +92,17 @@ def measure_gate(
         sae: which of the recipe's.
         place: its files.
         tokens: how many; None: as the stage takes.
+
+    Raises:
+        FPOError: the pairs are of another tokenizer.
     """
+    from fpo_core.logprobs import output_head
     from fpo_core.sae import gate
     from fpo_core.sae.quality import measure_sae
 
     hookpoint = run.recipe.hookpoints[sae]
-    rows = gate.sample_rows(_texts(run.artifact("tokenize")), tokens or gate.TOKENS)
+    texts = _texts(run.artifact("tokenize"), len(output_head(model).weight))
+    rows = gate.sample_rows(texts, tokens or gate.TOKENS)
     spliced = gate.spliced_rows(rows)
     total = sum(len(row) - 1 for row in rows) + 2 * sum(len(row) - 1 for row in rows[:spliced])
     with Progress("SAE gate", total=total, unit="token") as progress:
@@ -129,8 +134,12 @@ def _saved(writer: ArtifactWriter) -> dict[str, Any] | None:
     return None if saved is None else json.loads((saved.folder / GATE_FILE).read_text())
 
 
-def _texts(pairs: Artifact) -> Iterator[list[int]]:
+def _texts(pairs: Artifact, vocabulary: int) -> Iterator[list[int]]:
     """Prompt and chosen response of each pair."""
+    from fpo_core.data.batches import PairIds, check_vocabulary
+
     for shard in range(pairs.num_shards()):
-        for row in pairs.table(shard=shard).select(["prompt_ids", "chosen_ids"]).to_pylist():
-            yield row["prompt_ids"] + row["chosen_ids"]
+        table = pairs.table(shard=shard).select(["pair_id", "prompt_ids", "chosen_ids"])
+        for pair_id, prompt, chosen in zip(*table.to_pydict().values(), strict=True):
+            check_vocabulary([PairIds(pair_id, prompt, chosen, ())], vocabulary)
+            yield prompt + chosen

@@ -60,9 +60,12 @@ class OfflineWorker:
     Args:
         run: the pipeline run.
         writers: of the stages that are wanted.
+        decoders: whether the SAEs keep theirs, which the gate alone reads.
     """
 
-    def __init__(self, run: PipelineRun, writers: Mapping[str, ArtifactWriter]) -> None:
+    def __init__(
+        self, run: PipelineRun, writers: Mapping[str, ArtifactWriter], *, decoders: bool = True
+    ) -> None:
         from fpo_core.models.budget import token_budget
         from fpo_core.offline import WantedFeatures
 
@@ -74,7 +77,10 @@ class OfflineWorker:
             device=inference_device(),
         )  # fmt: skip
         # All of them: one that does not fit is told before the first hour, not before its own.
-        coders = [attached_coder(run, self._model, n) for n in range(len(recipe.hookpoints))]
+        coders = [
+            attached_coder(run, self._model, number, decoder=decoders)
+            for number in range(len(recipe.hookpoints))
+        ]
         self._saes: dict[str, WantedFeatures] = {
             stage: WantedFeatures(
                 coder.to(str(self._model.device)), hookpoint, recipe.features,
@@ -110,10 +116,12 @@ class OfflineWorker:
             on_tokens: told how many tokens were done after each batch.
         """
         from fpo_core.data.batches import check_vocabulary
+        from fpo_core.logprobs import output_head
         from fpo_core.offline import score_shard
 
         pairs = read_pair_ids(self._pairs.table(shard=todo.shard))
-        check_vocabulary(pairs, self._model.config.vocab_size)
+        # The head, not the configuration: a multimodal one has its text model's inside.
+        check_vocabulary(pairs, len(output_head(self._model).weight))
         stages = [stage for stage in self._saes if stage in todo.stages]
         scores = score_shard(
             self._model, pairs, [self._saes[stage] for stage in stages],
@@ -177,7 +185,7 @@ class OfflineJob(NamedTuple):
             stage: ArtifactWriter(store.backend, one.artifact, one.version, _HeldElsewhere())
             for stage, one in planned.items()
         }
-        return OfflineWorker(run, writers)
+        return OfflineWorker(run, writers, decoders=False)
 
 
 class _HeldElsewhere:
@@ -203,25 +211,23 @@ def score_shards(run: PipelineRun, writers: Mapping[str, ArtifactWriter]) -> int
     _check_budget(run, pairs, todo)
     tokens = 0
     with Progress(" + ".join(writers), total=_expected(pairs, todo), unit="token") as progress:
-        for done in _computed(run, writers, todo, progress):
-            for stage, receipt in done.receipts.items():
-                writers[stage].put_receipt(receipt)
+        for done in _finished(run, writers, todo, progress):
             tokens += done.tokens
     return tokens
 
 
-def _computed(
+def _finished(
     run: PipelineRun,
     writers: Mapping[str, ArtifactWriter],
     todo: Sequence[Todo],
     progress: Progress,
 ) -> Iterator[ShardDone]:
-    """The shards as they are finished, in this process or on Ray."""
+    """The shards as they are finished and have their receipts, in this process or on Ray."""
     settings = run.recipe.resources.inference
     if settings.runner == "local":
         worker = OfflineWorker(run, writers)
         worker.gate()
-        yield from _in_process(worker, todo, progress.advance)
+        yield from _in_process(worker, writers, todo, progress.advance)
         return
     if not all(
         is_gated(writers[stage]) for stage in features_stages(run.recipe) if stage in writers
@@ -230,6 +236,7 @@ def _computed(
         release_gpu_memory()
     job = OfflineJob.of(run, writers)
     for done in fan_out(job, todo, settings):
+        _put_receipts(writers, done)
         progress.advance(done.tokens)
         yield done
 
@@ -261,17 +268,34 @@ def _expected(pairs: Artifact, todo: Sequence[Todo]) -> int | None:
     return tokens and round(tokens * len(todo) / pairs.num_shards())
 
 
+def _put_receipts(writers: Mapping[str, ArtifactWriter], done: ShardDone) -> None:
+    for stage, receipt in done.receipts.items():
+        writers[stage].put_receipt(receipt)
+
+
 def _in_process(
-    worker: OfflineWorker, todo: Sequence[Todo], on_tokens: Callable[[int], None]
+    worker: OfflineWorker,
+    writers: Mapping[str, ArtifactWriter],
+    todo: Sequence[Todo],
+    on_tokens: Callable[[int], None],
 ) -> Iterator[ShardDone]:
-    """Shard after shard; one is written while the next is computed."""
+    """Shard after shard; one is written, its receipts too, while the next is computed.
+
+    An error in the next one finds it finished: leaving the thread's context waits for it.
+    """
+
+    def finish(computed: ComputedShard) -> ShardDone:
+        done = worker.write(computed)
+        _put_receipts(writers, done)
+        return done
+
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as thread:
         last: Future[ShardDone] | None = None
         for work in todo:
             computed = worker.compute(work, on_tokens)
             if last:
                 yield last.result()
-            last = thread.submit(worker.write, computed)
+            last = thread.submit(finish, computed)
         if last:
             yield last.result()
 
@@ -299,15 +323,23 @@ def _sae_source(run: PipelineRun, sae: int) -> str | None:
     return settings.source if sae == 0 else settings.also[sae - 1].source
 
 
-def attached_coder(run: PipelineRun, model: Any, sae: int = 0) -> "SparseCoder":
+def attached_coder(
+    run: PipelineRun, model: Any, sae: int = 0, *, decoder: bool = True
+) -> "SparseCoder":
     """One of the recipe's SAEs, checked against the model it is to read.
+
+    Args:
+        run: the pipeline run.
+        model: the model.
+        sae: which of the recipe's.
+        decoder: whether to keep the decoder.
 
     Raises:
         FPOError: when it does not fit the model.
     """
     from fpo_core.sae.coder import load_coder
 
-    coder = load_coder(sae_path(run, sae))
+    coder = load_coder(sae_path(run, sae), decoder=decoder)
     check_attached(run, model, coder, sae)
     return coder
 

@@ -66,20 +66,21 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
     from fpo_core.sae.coder import load_coder
     from fpo_core.sae.collect import SKIP_POSITIONS, collect_activations
     from fpo_core.sae.quality import sae_quality
-    from fpo_core.sae.train import train_sae
+    from fpo_core.sae.train import check_enough, train_sae
 
     settings, hookpoint = run.recipe.sae.train, run.recipe.sae.hookpoint
     assert settings is not None
     prepare_cpu(run.recipe.resources.threads)
     folder = run.reference_folder()
-    device = inference_device()
-    model = load_model(folder, dtype="float32", attention=run.recipe.model.attention, device=device)
     windows = token_windows(
         settings.text, load_tokenizer(folder),
         length=settings.context_length, max_tokens=settings.max_tokens,
         hub=run.plan.hub,
     )  # fmt: skip
     heldout = max(1, int(len(windows) * settings.heldout_share))
+    check_enough((len(windows) - heldout) * (settings.context_length - SKIP_POSITIONS), settings)
+    device = inference_device()
+    model = load_model(folder, dtype="float32", attention=run.recipe.model.attention, device=device)
     scratch = writer.scratch()
     activations = collect_activations(model, windows[:-heldout], hookpoint, scratch / "activations")
     metadata = {

@@ -83,8 +83,16 @@ def save_model(folder: Path, kind: str = "llama", **overrides: Any) -> Path:
     return folder
 
 
-def save_sae(folder: Path, d_in: int = HIDDEN, layer: int = SAE_LAYER, **config: object) -> Path:
+def save_sae(
+    folder: Path,
+    d_in: int = HIDDEN,
+    layer: int = SAE_LAYER,
+    metadata: dict[str, Any] | None = None,
+    **config: object,
+) -> Path:
     """Write a random JumpReLU SAE in sae-lens' disk format."""
+    if metadata is None:
+        metadata = {"hook_name": f"blocks.{layer}.hook_resid_post"}
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(1)
     weights = {
@@ -101,7 +109,7 @@ def save_sae(folder: Path, d_in: int = HIDDEN, layer: int = SAE_LAYER, **config:
         "architecture": "jumprelu", "d_in": d_in, "d_sae": D_SAE, "dtype": "float32",
         "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {"hook_name": f"blocks.{layer}.hook_resid_post"}, **config,
+        "metadata": {"sae_lens_version": "6.54.12", **metadata}, **config,
     }  # fmt: skip
     (folder / "cfg.json").write_text(json.dumps(values))
     return folder

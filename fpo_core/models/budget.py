@@ -26,7 +26,8 @@ class TokenBudget:
 
     Args:
         tokens: the budget.
-        given: whether the recipe says so; one that was found makes room for a long pair.
+        given: whether the recipe says so, and no pair is to exceed it; beyond one that was found,
+            or that was halved, a longer pair goes alone.
         of: what takes so many tokens, for messages.
         setting: of the recipe, that gives it.
         longest: setting of the longest that there is.
@@ -41,26 +42,23 @@ class TokenBudget:
         setting: str = SETTING,
         longest: str = "data.max_length",
     ) -> None:
-        self.tokens, self._given = tokens, given
+        self.tokens, self._given = tokens, tokens if given else None
         self._of, self._setting, self._longest = of, setting, longest
         self._halved = False
 
     def check(self, pairs: Sequence[PairIds]) -> None:
-        """Refuse pairs that do not fit, or make room for them.
+        """Refuse pairs that do not fit what the recipe gives.
 
         Raises:
             FPOError: naming the longest pair.
         """
         longest = max(pairs, key=lambda pair: pair.length)
-        if longest.length <= self.tokens:
-            return
-        if self._given:
+        if self._given is not None and longest.length > self._given:
             raise FPOError(
-                f"{SETTING}={self.tokens} is too small for pair {longest.pair_id}, which has "
+                f"{SETTING}={self._given} is too small for pair {longest.pair_id}, which has "
                 f"{longest.length} tokens (prompt and both responses); set it to {longest.length} "
                 f"or more, or to `auto`"
             )
-        self.tokens = longest.length
 
     def halve(self, error: BaseException) -> None:
         """Go on with half of it, after a pass that ran out of memory.
@@ -123,6 +121,6 @@ def _peak_bytes(model: Any, length: int, rows: int) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it is torch's, or the system's, way to say that memory is short."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        said in str(error) for said in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     )

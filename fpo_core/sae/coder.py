@@ -75,9 +75,9 @@ class SparseCoder(NamedTuple):
         return self.W_enc.shape[1]
 
     def chunks(self, tokens: int) -> Iterator[slice]:
-        """Slices of a number of tokens, each as long as encoding at a time should be."""
+        """Slices of a number of tokens, each as long as encoding at a time should be; one if 0."""
         size = max(1, CHUNK_ELEMENTS // self.d_sae)
-        for start in range(0, tokens, size):
+        for start in range(0, max(1, tokens), size):
             yield slice(start, min(start + size, tokens))
 
     def encode(self, x: Tensor) -> Tensor:
@@ -259,5 +259,7 @@ def check_bos(
     raise FPOError(
         f"SAE {name}: it declares prepend_bos, but the prompts begin with token {prompt_ids[0]}, "
         f"not with BOS ({bos_token_id}): it has never seen such activations. Take a chat template "
-        f"that writes BOS (data.template=halos does), or an SAE that was trained without it"
+        f"that writes BOS (data.template=halos does), or an SAE that was trained without it. One "
+        f"of before version 6 of sae-lens that says nothing of prepend_bos had it; if this one had "
+        f"not, write prepend_bos=false into its cfg.json"
     )

@@ -119,10 +119,16 @@ def parse_config(given: dict[str, Any], name: str) -> SaeConfig:
         architecture, _count(config, "d_in", name), _count(config, "d_sae", name),
         centred=bool(config.get("apply_b_dec_to_input", True)),
         hook=str(declared.get("hook_name") or ""), hf_hook=str(declared.get("hf_hook_name") or ""),
-        prepend_bos=bool(declared.get("prepend_bos")), k=k,
+        prepend_bos=bool(declared.get("prepend_bos", _is_before_6(declared))), k=k,
         rescaled=bool(config.get("rescale_acts_by_decoder_norm")),
         normalization=_normalization(config, name), removes_mean=_removes_mean(declared, name),
     )  # fmt: skip
+
+
+def _is_before_6(declared: dict[str, Any]) -> bool:
+    """Whether a version before 6 wrote the file, whose defaults are others; it named none."""
+    major = str(declared.get("sae_lens_version") or 0).partition(".")[0]
+    return not (major.isdecimal() and int(major) >= 6)
 
 
 def _object(config: dict[str, Any], key: str, name: str) -> dict[str, Any]:

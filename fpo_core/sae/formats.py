@@ -83,6 +83,16 @@ def read_config(files: SaeFiles) -> SaeConfig:
         FPOError: damaged, or something is declared that is not honoured.
     """
     name = str(files.weights if files.format == "Gemma Scope" else files.weights.parent)
+    config = _parsed(files, name)
+    if config.k is not None and config.k > config.d_sae:
+        raise FPOError(
+            f"SAE {name}: k={config.k} of its cfg.json is more than its {config.d_sae} features; "
+            f"fetch the file again"
+        )
+    return config
+
+
+def _parsed(files: SaeFiles, name: str) -> SaeConfig:
     given = _json(files.config) if files.config else {}
     match files.format:
         case "sae-lens":

@@ -77,18 +77,19 @@ def declared_quality(place: Path) -> Declared:
     named = float(found[-1]) if found else None
     metadata = _json(place / CONFIG_FILE).get("metadata") or {}
     quality = _json(place / QUALITY_FILE)
-    explained = quality.get("explained_variance")
+    explained = _number(quality.get("explained_variance"))
     return Declared(
-        quality.get("l0") or metadata.get("l0") or named,
+        _number(quality.get("l0")) or _number(metadata.get("l0")) or named,
         None if explained is None else 1 - explained,
     )
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
+        found = json.loads(file.read_text())
     except (OSError, ValueError):  # what is no report says nothing
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def sample_rows(texts: Iterable[list[int]], tokens: int) -> list[list[int]]:
@@ -209,12 +210,12 @@ def gate_record(fit: Fit, hookpoint: Hookpoint, declared: Declared, verdict: Ver
         "tokens": fit.tokens,
         "fvu": _number(fit.fvu),
         "l0": _number(fit.l0),
-        "dead_fraction": fit.dead_fraction,
-        "ce_recovered": fit.losses.recovered,
+        "dead_fraction": _number(fit.dead_fraction),
+        "ce_recovered": _number(fit.losses.recovered),
         "ce_original": _number(fit.losses.original),
         "ce_spliced": _number(fit.losses.spliced),
         "ce_zero_ablated": _number(fit.losses.ablated),
-        "declared": declared._asdict(),
+        "declared": {name: _number(value) for name, value in declared._asdict().items()},
         "best_elsewhere": {"place": str(best), "fvu": _number(fvu)},
         "fits": not verdict.cause,
         "cause": verdict.cause,
@@ -223,6 +224,6 @@ def gate_record(fit: Fit, hookpoint: Hookpoint, declared: Declared, verdict: Ver
     }
 
 
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None
+def _number(value: Any) -> float | None:
+    """A figure, or None for what is none: JSON has no NaN."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None

@@ -12,6 +12,7 @@ would outweigh all else. The first position is not spliced either.
 Shapes: B rows, T padded length, N tokens, d = d_in.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -40,9 +41,13 @@ class Losses(NamedTuple):
 
     @property
     def recovered(self) -> float | None:
-        """Cross-entropy recovered; None where the model hardly needs the activation."""
+        """Cross-entropy recovered; None where the model hardly needs the activation.
+
+        None, too, where a loss is not finite.
+        """
         cost = self.ablated - self.original
-        return (self.ablated - self.spliced) / cost if cost > LEAST_COST else None
+        share = (self.ablated - self.spliced) / cost if cost > LEAST_COST else math.nan
+        return share if math.isfinite(share) else None
 
 
 class Fit(NamedTuple):
@@ -122,7 +127,8 @@ def measure_sae(
     health = sae_health(torch.cat(sums).sum(0, keepdim=True))
     tokens = int(torch.cat(sums)[:, 0].sum())
     whole = {place: no_sinks(torch.cat(parts)) for place, parts in sampled.items()}
-    scale = coder.d_in**0.5 / float(whole[hookpoint].float().norm(dim=1).mean())
+    norm = float(whole[hookpoint].float().norm(dim=1).mean())
+    scale = coder.d_in**0.5 / norm if norm else 1.0  # nothing makes more of zeros
     return Fit(
         tokens, health["fvu"].value, health["l0"].value, 1 - float(fired.float().mean()),
         Losses(*(loss / predicted).tolist()),

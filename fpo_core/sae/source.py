@@ -65,18 +65,40 @@ def sae_folder(source: str) -> Path:
     release, _, sae_id = source.partition(":")
     try:
         _fetch(release, sae_id, scratch)
-        scratch.rename(target)
+        _publish(scratch, target)
     except Exception as error:
         said = str(error).strip().partition("\n")[0]
         raise FPOError(
             f"SAE {source!r} could not be fetched ({type(error).__name__}: {said}). Check the "
-            f"release and id, and the network. Without one: get it where there is network with "
-            f'sae_lens.SAE.from_pretrained("{release}", "{sae_id}").save_model(FOLDER), put its '
-            f"{CONFIG_FILE} and {WEIGHTS_FILE} into {target}, or set sae.source to FOLDER"
+            f"release and id, and the network. Without one: {_by_hand(release, sae_id, target)}"
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _publish(scratch: Path, target: Path) -> None:
+    """Give a folder its name, unless another process that fetched the same was first."""
+    try:
+        scratch.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+def _by_hand(release: str, sae_id: str, target: Path) -> str:
+    """What to do where there is no network."""
+    if "/" in release:  # a repository of the hub, which sae-lens' directory does not have
+        return (
+            f"get {CONFIG_FILE} and {sparsify.WEIGHTS_FILE} (in sae-lens' format {WEIGHTS_FILE}) "
+            f"of the folder {sae_id} of the hub's {release} where there is network, and put them "
+            f"into {target}"
+        )
+    return (
+        f"get it where there is network with "
+        f'sae_lens.SAE.from_pretrained("{release}", "{sae_id}").save_model(FOLDER), put its '
+        f"{CONFIG_FILE} and {WEIGHTS_FILE} into {target}, or set sae.source to FOLDER"
+    )
 
 
 def _fetch(release: str, sae_id: str, folder: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fpo_core.errors import FPOError
 from fpo_core.progress import Progress
 from fpo_core.recipe.schema import SaeTrainSettings
 from fpo_core.sae.collect import SINK_FACTOR
@@ -54,6 +55,24 @@ class ActivationOrder:
         rows = np.sort(self._order[index * self.batch : (index + 1) * self.batch])
         self.step += 1
         return torch.from_numpy(self.activations[rows].astype(np.float32)) * self.scale
+
+
+def check_enough(tokens: int, settings: SaeTrainSettings) -> None:
+    """Refuse activations that do not fill a batch.
+
+    Args:
+        tokens: how many there are to train on.
+        settings: the recipe's ``sae.train``.
+
+    Raises:
+        FPOError: with what to set.
+    """
+    if tokens < settings.batch_tokens:
+        raise FPOError(
+            f"sae.train.batch_tokens={settings.batch_tokens} is more than the {tokens} activations "
+            f"that sae.train.text gives for training; set it to {max(1, tokens)} or less, or give "
+            f"more text (at most sae.train.max_tokens={settings.max_tokens} are taken)"
+        )
 
 
 class Norms(NamedTuple):
@@ -98,9 +117,13 @@ def train_sae(
         folder: receives ``cfg.json`` and ``sae_weights.safetensors``.
         device: torch device to train on.
         saver: keeps unfinished training, and has what an earlier attempt kept.
+
+    Raises:
+        FPOError: fewer activations than a batch takes.
     """
     torch.manual_seed(settings.seed)
     norms = measure_norms(activations)
+    check_enough(len(norms.rows), settings)
     order = ActivationOrder(
         activations, norms.rows, settings.batch_tokens, settings.seed, norms.scale
     )

@@ -36,13 +36,16 @@ def read_weights(files: SaeFiles, config: SaeConfig, *, decoder: bool) -> dict[s
     """
     if files.format == "Gemma Scope":
         arrays = gemma_scope.read_arrays(files.weights, decoder=decoder)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        found = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        _check_finite(found, files)
+        return found
     state = read_tensors(files.weights)
     if files.format == "sparsify":
         state = sparsify.named_weights(state)
     if files.format == "Gemma Scope 2":
         state = {gemma_scope.array_name(name): value for name, value in state.items()}
     _check(state, config, files)
+    _check_finite(state, files)
     if config.rescaled:
         _fold_decoder_norms(state)
     if not decoder:
@@ -81,6 +84,15 @@ def _check(state: dict[str, Tensor], config: SaeConfig, files: SaeFiles) -> None
             raise FPOError(
                 f"SAE {name}: {tensor} has the shape {tuple(state[tensor].shape)}, beside W_enc "
                 f"{declared} it should be {shape}"
+            )
+
+
+def _check_finite(state: dict[str, Tensor], files: SaeFiles) -> None:
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise FPOError(
+                f"SAE {files.weights.parent}: {name} in {files.weights.name} is damaged: it holds "
+                f"values that are not finite (NaN or infinite). Fetch the file again"
             )
 
 

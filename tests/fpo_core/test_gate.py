@@ -15,6 +15,7 @@ from fpo_core.models.hooks import hooked_module
 from fpo_core.sae import gate
 from fpo_core.sae.coder import SparseCoder, load_coder
 from fpo_core.sae.quality import Fit, Losses, measure_sae
+from storage.manifest import json_bytes
 from tests.tiny import D_SAE, HIDDEN, LAYERS, fit_sae, make_model, save_sae
 
 SHIPPED = Path(__file__).parents[2] / "recipes" / "data" / "smollm2-135m-sae"
@@ -260,6 +261,27 @@ def test_what_it_declares_comes_from_its_path_or_its_files(tmp_path):
     (fetched / "cfg.json").write_text('{"metadata": {"l0": 44.0}}')
     (fetched / "quality.json").write_text("cut short {")
     assert gate.declared_quality(fetched) == (44.0, None)
+    for no_report in ("[1]", '{"l0": "many", "explained_variance": NaN}'):
+        (fetched / "quality.json").write_text(no_report)
+        assert gate.declared_quality(fetched) == (44.0, None)
+
+
+@pytest.mark.parametrize("losses", [(2.0, math.nan, 8.0), (2.0, 2.1, math.inf)])
+def test_a_loss_that_is_not_finite_leaves_a_record(losses):
+    fit, declared = fit_of(losses=losses), gate.Declared(l0=math.nan, fvu=math.inf)
+    verdict = gate.judge(fit, MIDDLE, declared)
+    assert not verdict.cause
+    assert "%" not in str(verdict.warnings)
+    record = json.loads(json_bytes(gate.gate_record(fit, MIDDLE, declared, verdict)))
+    assert record["ce_recovered"] is None
+    assert record["declared"] == {"l0": None, "fvu": None}
+
+
+def test_activations_that_are_all_zero_are_refused(tiny):
+    model = make_model()
+    model.model.layers[MIDDLE.layer].register_forward_hook(lambda *call: torch.zeros_like(call[2]))
+    fit = measured(model, tiny.coder, MIDDLE)
+    assert f"than {MIDDLE} (inf)" in gate.judge(fit, MIDDLE, gate.Declared()).cause
 
 
 def test_rows_are_the_first_ones_and_none_is_long():

@@ -14,7 +14,12 @@ from fpo_core.errors import FPOError
 from fpo_core.features.stats import StatsMerge
 from fpo_core.features.tables import FeatureTables, ScoredTokens
 from fpo_core.hookpoint import Hookpoint
-from fpo_core.models.budget import TokenBudget, affordable_tokens, token_budget
+from fpo_core.models.budget import (
+    TokenBudget,
+    affordable_tokens,
+    is_out_of_memory,
+    token_budget,
+)
 from fpo_core.models.forward import prompt_cost
 from fpo_core.offline import WantedFeatures, score_shard
 from fpo_core.recipe.schema import FeatureSettings
@@ -197,6 +202,18 @@ def test_features_alone_are_bitwise_what_all_together_give(pairs, sae, tmp_path)
     assert reference.tokens == every.tokens == sum(pair.length for pair in pairs)
 
 
+@pytest.mark.parametrize("want_reference", [True, False])
+def test_for_features_alone_nothing_runs_after_the_deepest_sae(pairs, sae, want_reference):
+    model, ran = make_model(), []
+    inner = model.model
+    for part in (inner.layers[SAE_LAYER], inner.layers[SAE_LAYER + 1], inner.norm):
+        part.register_forward_pre_hook(lambda module, _inputs: ran.append(module))
+    score(model, pairs, sae, want_reference=want_reference)
+    assert inner.layers[SAE_LAYER] in ran
+    for later in (inner.layers[SAE_LAYER + 1], inner.norm):
+        assert (later in ran) == want_reference
+
+
 def test_statistics_of_shards_merge_to_those_of_the_whole(pairs, sae):
     def stats(part):
         return score(make_model(), part, sae).features[0].stats
@@ -353,13 +370,75 @@ def test_out_of_memory_halves_the_batches_once(pairs, sae, caplog):
         score(model, pairs, sae, budget=60)
 
 
+@pytest.mark.parametrize(
+    ("want_reference", "what"), [(True, "log-probs"), (False, "activations at layer 1 resid_post")]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(pairs, sae, want_reference, what, value):
+    """In one of the pairs that share a batch; no feature fires at NaN."""
+    model, bad = make_model(), pairs[2]
+    rows = []
+
+    def read(_module, _args, kwargs):
+        rows[:] = (kwargs["input_ids"][:, 0] == bad.prompt[0]).nonzero().flatten().tolist()
+
+    def poison(_module, _inputs, output):
+        output[rows, len(bad.prompt) :] = value
+
+    model.model.register_forward_pre_hook(read, with_kwargs=True)
+    model.model.layers[0].register_forward_hook(poison)
+    with pytest.raises(FPOError, match=rf"{what} are not finite .* in the pairs p2: .*dtype"):
+        score(model, pairs, sae, want_reference=want_reference)
+
+
+def test_many_pairs_of_numbers_that_are_not_finite_are_counted(pairs, sae):
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(float("nan"))
+    with pytest.raises(FPOError, match=r"in the pairs p\d, p\d, p\d and 3 more: "):
+        score(model, pairs, sae, budget=10_000)
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_an_empty_response_is_told_with_its_pair(pairs, sae, side):
+    with pytest.raises(FPOError, match="pair p3 has an empty response.*rerun from tokenize"):
+        score(make_model(), [*pairs[:3], pairs[3]._replace(**{side: ()})], sae)
+
+
 def test_a_budget_below_the_longest_pair_names_it(pairs, sae):
     longest = max(pairs, key=lambda pair: pair.length)
     with pytest.raises(FPOError, match=f"=9 is too small for pair {longest.pair_id}, .*`auto`"):
         score(make_model(), pairs, sae, budget=9)
-    found = TokenBudget(9, given=False)
-    found.check(pairs)
-    assert found.tokens == longest.length
+    TokenBudget(9, given=False).check(pairs)  # of one that was found, each goes alone
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_pair_longer_than_the_halved_budget_goes_alone(pairs, sae, given):
+    """In the shard that ran out of memory and in those after it, whose budget stays halved."""
+    longest = max(pair.length for pair in pairs)
+    model, sizes = short_of_memory(make_model(), longest)
+    wanted = [WantedFeatures(load_coder(sae), HERE, SETTINGS)]
+    budget = TokenBudget(longest + 6, given=given)
+    shards = [
+        score_shard(model, part, wanted, want_reference=True, budget=budget)
+        for part in (pairs, pairs[::-1], pairs)
+    ]
+    assert sum(size > longest for size in sizes) == 1
+    assert budget.tokens == (longest + 6) // 2 < longest
+    same(shards[0], shards[2], exactly=True)
+    assert [shard.tokens for shard in shards] == [sum(pair.length for pair in pairs)] * 3
+
+
+@pytest.mark.parametrize(
+    ("said", "short"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`", False),
+    ],
+)
+def test_what_torch_says_when_memory_is_short(said, short):
+    assert is_out_of_memory(RuntimeError(said)) == short
 
 
 def test_the_budget_that_is_found():

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -183,6 +184,29 @@ def test_the_sae_stage_trains_one_that_beats_its_start(fpo, tmp_path):
     assert "reused" in again.err
 
 
+def test_fewer_activations_than_a_batch_are_told_before_any_is_collected(tmp_path):
+    from tasks.run import prepare_run
+    from tasks.sae import sae
+
+    path = training_recipe(tmp_path, batch_tokens=4096, max_tokens=1600)
+    (tmp_path / "r" / "model" / "model.safetensors").unlink()
+    run, _ = prepare_run(str(path), [], str(tmp_path / "store"), only="sae")
+    with pytest.raises(FPOError, match=r"batch_tokens=4096 is more than the 1350 activations"):
+        sae.fn(run)
+
+
+def test_activations_without_sinks_may_be_fewer_than_a_batch(tmp_path):
+    from fpo_core.recipe.schema import SaeTrainSettings
+    from fpo_core.sae.train import train_sae
+
+    settings = SaeTrainSettings(text=(), d_sae=12, k=2, steps=3, batch_tokens=64, lr=1e-3)
+    rows = np.memmap(tmp_path / "rows", np.float16, "w+", shape=(64, 8))
+    rows[:] = np.random.default_rng(0).normal(size=rows.shape)
+    rows[5] *= 1000
+    with pytest.raises(FPOError, match=r"batch_tokens=64 is more than the 63 activations"):
+        train_sae(rows, settings, {}, tmp_path / "sae")
+
+
 TRAIN = """
 import sys
 from tasks.run import prepare_run
@@ -236,8 +260,6 @@ def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path, caplog):
 
 @pytest.mark.slow
 def test_a_state_that_cannot_be_used_is_said(tmp_path):
-    import numpy as np
-
     from fpo_core.recipe.schema import SaeTrainSettings
     from fpo_core.sae.train import ActivationOrder, _trainer
     from fpo_core.sae.train_state import load_training, save_training

@@ -2,17 +2,21 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fpo_core.errors import FPOError
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.architectures import ARCHITECTURES
 from fpo_core.models.hooks import activations_at
+from fpo_core.sae import source
 from fpo_core.sae.coder import check_bos, check_fits, load_coder
 from fpo_core.sae.config import parse_config
 from fpo_core.sae.declared import declared_place
@@ -196,6 +200,125 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
         load_coder(save(tmp_path / "a", short, SPARSIFY))
     with pytest.raises(FPOError, match=r"what W_skip in sae\.safetensors does is not known"):
         load_coder(save(tmp_path / "b", {**STATE, "W_skip": random(2)}, SPARSIFY))
+
+
+STORED = {  # written by their formats' names for the encoder
+    "sae_weights.safetensors": "W_enc",
+    "sae.safetensors": "encoder.weight",
+    "params.npz": "W_enc",
+    "params.safetensors": "w_enc",
+}
+
+
+def save_format(folder: Path, file: str, value: float) -> Path:
+    """An SAE in the format that has such a file; one weight of its encoder has that value."""
+    if file == "sae_weights.safetensors":
+        return edit(save_sae(folder) / file, value)
+    if file == "sae.safetensors":
+        return edit(save(folder, STATE, SPARSIFY) / file, value)
+    weights = load_file(save_sae(folder / "lens") / "sae_weights.safetensors")
+    weights["W_enc"][3, 4] = value
+    if file == "params.npz":
+        np.savez(folder / file, **{name: tensor.numpy() for name, tensor in weights.items()})  # pyright: ignore[reportArgumentType]
+    else:
+        save_file({name.replace("W_", "w_"): w for name, w in weights.items()}, folder / file)
+    return folder
+
+
+def edit(file: Path, value: float) -> Path:
+    state = load_file(file)
+    state[STORED[file.name]][3, 4] = value
+    save_file(state, file)
+    return file.parent
+
+
+@pytest.mark.parametrize("file", STORED)
+@pytest.mark.parametrize("decoder", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path, file, decoder, value):
+    fine = load_coder(save_format(tmp_path / "layers.2", file, 0.5), decoder=decoder)
+    assert (fine.W_enc == 0.5).sum() == 1
+    folder = save_format(tmp_path / "layers.3", file, value)
+    with pytest.raises(FPOError, match=rf"W_enc in {re.escape(file)} is damaged: .*not finite"):
+        load_coder(folder, decoder=decoder)
+
+
+def test_a_k_beyond_the_features_is_refused(tmp_path):
+    """Before any weights are read."""
+    message = rf"k={D_SAE + 1} of its cfg\.json is more than its {D_SAE} features"
+    sparse = save(tmp_path / "h.3", STATE, {**SPARSIFY, "k": D_SAE + 1})
+    lens = save_sae(tmp_path / "lens", architecture="topk", k=D_SAE + 1)
+    for folder in (sparse, lens):
+        for read in (load_coder, lambda folder: declared_width(str(folder))):
+            with pytest.raises(FPOError, match=message):
+                read(folder)
+    assert load_coder(save_sae(tmp_path / "all", architecture="topk", k=D_SAE)).k == D_SAE
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [{}, {"architecture": "topk", "k": 5}, {"normalize_activations": "constant_norm_rescale"}],
+)
+def test_no_tokens_have_no_features(tmp_path, declared):
+    coder = load_coder(save_sae(tmp_path, **declared))
+    token, feature, value = coder.active(torch.empty(0, HIDDEN))
+    assert len(token) == len(feature) == len(value) == 0
+    columns = coder.encode_columns(torch.empty(0, HIDDEN), torch.tensor([2, 5]))
+    assert columns.shape == (0, 2)
+
+
+def test_two_processes_may_fetch_the_same_sae(tmp_path, monkeypatch):
+    """The second one finds the first one's folder in its place."""
+    monkeypatch.setenv("FPO_CACHE", str(tmp_path))
+    together = Barrier(2)
+
+    def fetch(_release, _sae_id, folder):
+        together.wait(30)
+        save_sae(folder)
+
+    monkeypatch.setattr(source, "_fetch", fetch)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(sae_folder, ["release:id"] * 2))
+    assert found[0] == found[1]
+    assert load_coder(found[0]).d_sae == D_SAE
+    assert [path.name for path in (tmp_path / "saes").iterdir()] == ["release--id"]
+
+
+def test_where_the_files_of_a_hub_repository_may_be_put(tmp_path, monkeypatch):
+    """One that sae-lens' directory does not have: ``from_pretrained`` would not find it either."""
+    monkeypatch.setenv("FPO_CACHE", str(tmp_path))
+
+    def fetch(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(source, "_fetch", fetch)
+    with pytest.raises(FPOError) as refused:
+        sae_folder("owner/name:layers.3")
+    place = tmp_path / "saes" / "owner__name--layers.3"
+    assert "get cfg.json and sae.safetensors (in sae-lens' format sae_w" in str(refused.value)
+    assert "of the folder layers.3 of the hub's owner/name" in str(refused.value)
+    assert str(refused.value).endswith(f"put them into {place}")
+    assert "from_pretrained" not in str(refused.value)
+    save(place, STATE, SPARSIFY)
+    assert load_coder(sae_folder("owner/name:layers.3")).hook == "layers.3"
+
+
+@pytest.mark.parametrize(
+    ("declared", "prepend_bos"),
+    [
+        ({}, True),
+        ({"prepend_bos": False}, False),
+        ({"sae_lens_version": "5.10.3"}, True),
+        ({"metadata": {"sae_lens_version": "4.0"}}, True),
+        ({"metadata": {"sae_lens_version": "6.0.0-rc.1"}}, False),
+        ({"metadata": {"sae_lens_version": "6.54.12"}}, False),
+        ({"metadata": {"sae_lens_version": "6.54.12", "prepend_bos": True}}, True),
+        ({"metadata": {"sae_lens_version": "10.0.0"}}, False),
+    ],
+)
+def test_before_version_6_bos_is_the_default(declared, prepend_bos):
+    """As in sae-lens' ``handle_config_defaulting``; ``test_sae_lens.py`` compares them."""
+    assert parse_config({**PLAIN, **declared}, "x").prepend_bos == prepend_bos
 
 
 def fits(tmp_path: Path, model: Any, hookpoint: Hookpoint, width: int = WIDTH, **declared) -> None:

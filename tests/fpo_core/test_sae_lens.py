@@ -82,6 +82,19 @@ def test_configurations_before_version_6(tmp_path, case):
     assert ours.k == getattr(theirs.cfg, "k", None)
 
 
+@pytest.mark.parametrize("version", [None, "5.10.3", "6.0.0rc1", "6.54.12"])
+@pytest.mark.parametrize("prepend_bos", [None, True, False])
+def test_what_is_declared_of_bos_by_each_version(version, prepend_bos):
+    from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
+
+    said = {"sae_lens_version": version, "prepend_bos": prepend_bos}
+    said = {key: value for key, value in said.items() if value is not None}
+    given = {"architecture": "standard", "d_in": 4, "d_sae": 8}
+    given = {**given, "metadata": said} if (version or "").startswith("6") else {**given, **said}
+    theirs = handle_config_defaulting(dict(given))["metadata"].get("prepend_bos", False)
+    assert parse_config(given, "x").prepend_bos == theirs
+
+
 @pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
 def test_trained_batch_topk_saved_for_inference(tmp_path, architecture):
     """Saved as a JumpReLU, as sae-lens says."""

@@ -194,6 +194,13 @@ def test_an_address_where_no_cluster_answers_is_told_at_once():
     assert time.monotonic() - started < 30  # Ray itself would try for minutes
 
 
+def test_an_address_with_an_impossible_port_is_told():
+    with pytest.raises(
+        FPOError, match=r"address=127\.0\.0\.1:99999: no Ray cluster .*range 0-65535"
+    ):
+        check_ray(InferenceSettings(runner="ray", address="127.0.0.1:99999"))
+
+
 def test_where_ray_is_not_installed_the_remedy_is_told(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(FPOError, match=r"pip install 'fpo-pipeline\[ray\]'"):
