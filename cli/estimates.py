@@ -37,7 +37,7 @@ def print_judging(costs: Sequence[JudgingCost]) -> None:
     """A line a benchmark: what a judge would be asked, and what that costs at most."""
     console = Console()
     table: Table = new_table(
-        "benchmark", "answers", "verdicts", "to ask", "prompt tokens", "reply tokens, most", "USD"
+        "benchmark", "answers", "verdicts", "to ask", "prompts", "replies", "USD"
     )
     for name, cost, answers in costs:
         table.add_row(
@@ -46,7 +46,12 @@ def print_judging(costs: Sequence[JudgingCost]) -> None:
         )  # fmt: skip
     console.print(table)
     estimates = [cost.estimate for cost in costs]
-    console.print(f"- tokens: {estimates[0].counted_by}", highlight=False)
+    console.print(
+        f"- at most: tokens of prompts and of the longest replies, by {estimates[0].counted_by}",
+        highlight=False,
+    )
+    if any(answers == "longest" for *_, answers in costs):
+        console.print("- answers that are not there yet: as long as they may be", highlight=False)
     if any(estimate.usd is None for estimate in estimates):
         console.print(
             "- judge.price.prompt and judge.price.reply, USD a million tokens, give the price",

@@ -75,9 +75,7 @@ def run(
     ] = None,
     estimate_cost: Annotated[
         bool,
-        typer.Option(
-            "--estimate-cost", help="Tell what the judge would cost; ask and run nothing."
-        ),
+        typer.Option("--estimate-cost", help="Only tell what the judge would cost."),
     ] = False,
     store: StoreUrl = None,
 ) -> None:

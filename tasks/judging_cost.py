@@ -16,7 +16,7 @@ class JudgingCost(NamedTuple):
 
     benchmark: str
     estimate: Estimate
-    answers: str  # "stored", or "as long as they may be" where they have still to be made
+    answers: str  # "stored", or "longest" where they have still to be made
 
 
 def judging_costs(run: PipelineRun) -> list[JudgingCost]:
@@ -36,11 +36,7 @@ def judging_costs(run: PipelineRun) -> list[JudgingCost]:
         held = list(contests(run, planned)) if is_stored else _longest(run, planned)
         requests = [request for _, request in requests_of(planned, held).values()]
         cost = estimate_cost(judge, requests, Judgments(run.store.backend))
-        found.append(
-            JudgingCost(
-                planned.pack.name, cost, "stored" if is_stored else "as long as they may be"
-            )
-        )
+        found.append(JudgingCost(planned.pack.name, cost, "stored" if is_stored else "longest"))
     return found
 
 
