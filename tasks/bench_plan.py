@@ -7,7 +7,7 @@ and not from the judge's prompts: with another judge they are reused.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fpo_core.bench.kinds import KINDS
@@ -113,7 +113,7 @@ def add_benchmarks(recipe: Recipe, reference: str, policy: str, store: Store, ad
     """
     for benchmark in planned_benchmarks(recipe):
         _check_policies(benchmark, store)
-        questions = _digest([question._asdict() for question in benchmark.questions])
+        questions = questions_digest(benchmark.questions)
         answers = {}
         for model in benchmark.models:
             source = {POLICY: f"artifact:policy/{policy}", REFERENCE: reference}.get(
@@ -146,6 +146,25 @@ def _scoring(recipe: Recipe, benchmark: PlannedBenchmark) -> dict[str, Any]:
     return part
 
 
+def evaluation_questions(recipe: Recipe) -> list[Question] | None:
+    """The questions that the evaluation samples answers to; None: held-out prompts are answered.
+
+    Raises:
+        FPOError: the pack is not there or is damaged.
+    """
+    source, settings = recipe.evaluation.questions, recipe.evaluation
+    if source is None:
+        return None
+    pack = load_pack(source)
+    return KINDS[pack.kind].questions(pack)[: settings.prompts]
+
+
+def questions_digest(questions: Sequence[Question]) -> str:
+    """sha256 over what is asked: the identity of questions, whatever pack they are of."""
+    text = json.dumps([question._asdict() for question in questions], ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _check_policies(benchmark: PlannedBenchmark, store: Store) -> None:
     for name in benchmark.models:
         if name not in (POLICY, REFERENCE) and store.state(*name.split("/")) != "complete":
@@ -167,8 +186,3 @@ def notices(recipe: Recipe) -> Iterator[str]:
     policies = {recipe.model.source, recipe.generation.model} - {None}
     if judged and recipe.judge and recipe.judge.model in policies:
         yield f"the judge, {recipe.judge.model}, is the model it judges: it may favour its own kind"
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -14,6 +14,7 @@ from fpo_core.models.load import inference_device, load_model, load_tokenizer, p
 from fpo_core.progress import Progress
 from storage.writer import ArtifactWriter
 from tasks.announce import announce
+from tasks.bench_plan import evaluation_questions
 from tasks.offline import attached_coder
 from tasks.run import Outcome, PipelineRun, Work
 from tasks.transfer import local_folder, local_shards
@@ -96,18 +97,18 @@ def _answers(
     from fpo_core.generation.transformers_backend import TransformersBackend, answer_budget
 
     settings = run.recipe.evaluation
-    chosen = examples[: settings.prompts]
-    if not chosen:
-        return []
     chat = ChatFormat(tokenizer, run.recipe.data.template)
-    end_id = chosen[0].ids.chosen[-1]  # every response ends in the end-of-turn token
+    asked = _asked(run, chat, examples)
+    if not asked:
+        return []
+    end_id = examples[0].ids.chosen[-1]  # every response ends in the end-of-turn token
     sampling = Sampling(settings.max_new_tokens, stop=(int(end_id),))
     prompts = [
         Prompt(
-            pair_id, 0, settings.temperature, 0,
-            prompt_seed(settings.seed, pair_id, 0, settings.temperature, 0), (), list(prompt),
+            name, 0, settings.temperature, 0,
+            prompt_seed(settings.seed, name, 0, settings.temperature, 0), (), ids,
         )
-        for pair_id, prompt in ((example.ids.pair_id, example.ids.prompt) for example in chosen)
+        for name, ids in asked
     ]  # fmt: skip
     rows = [
         {"pair_id": prompt.question_id, "prompt": chat.shown_prompt(list(prompt.ids))}
@@ -123,6 +124,21 @@ def _answers(
             for row in rows:
                 row |= found[row["pair_id"]]
     return rows
+
+
+def _asked(
+    run: PipelineRun, chat: ChatFormat, examples: list["Example"]
+) -> list[tuple[str, list[int]]]:
+    """What is answered, by pair or question id: token ids up to the opener of the answer."""
+    from fpo_core.generation.prompts import dialogue
+
+    questions = evaluation_questions(run.recipe)
+    if questions is None:
+        chosen = examples[: run.recipe.evaluation.prompts]
+        return [(example.ids.pair_id, list(example.ids.prompt)) for example in chosen]
+    texts = [chat.prompt_text(dialogue(question.turns, ())) for question in questions]
+    names = [question.id for question in questions]
+    return list(zip(names, chat.ids(texts), strict=True))
 
 
 def _answer(name: str, answer: "Generated", model: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fpo_core.sae.source import declared_width, identify_sae
 from storage.lineage import input_artifacts
 from storage.store import Store
 from storage.version import artifact_version
-from tasks.bench_plan import add_benchmarks
+from tasks.bench_plan import add_benchmarks, evaluation_questions, questions_digest
 
 # Stage -> the artifact it makes, in the order of the pipeline.
 ARTIFACTS = {
@@ -129,14 +129,20 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
         "train", {**_train_part(recipe.train), **attention}, {**inputs, **encoders, **caches}
     )
     add_benchmarks(recipe, reference, planner["train"], store, planner.add)
+    questions = evaluation_questions(recipe)
     planner.add(
         "evaluate",
-        {**recipe.evaluation.model_dump(), "k": recipe.train.k, **attention},
+        {
+            **recipe.evaluation.model_dump(exclude={"questions"}),
+            "k": recipe.train.k,
+            **attention,
+        },
         {
             "policy": planner["train"],
             "sae": saes[0],
             "pairs": planner["tokenize"],
             **{stage: caches[stage] for stage in ("reference", "features")},
+            **({} if questions is None else {"questions": questions_digest(questions)}),
         },
     )
     return Plan(planner.stages, tuple(unresolved), data.hub)

@@ -172,7 +172,12 @@ class EvaluationSettings(Settings):
     """Held-out metrics and sampled answers."""
 
     prompts: Annotated[int, Field(ge=0)] = Field(
-        default=12, description="held-out prompts answered"
+        default=12, description="prompts answered, the first ones"
+    )
+    questions: str | None = Field(
+        default=None,
+        description="pack whose questions are answered instead of the held-out prompts, by name or "
+        "folder; the paper's entropy is of 100 of AlpacaEval's",
     )
     max_new_tokens: Count = Field(default=64, description="longest sampled answer")
     temperature: NonNegative = Field(default=0.7, description="0 is greedy")

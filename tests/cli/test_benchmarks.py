@@ -137,6 +137,19 @@ def test_the_cost_is_told_before_and_after_the_answers_and_nothing_is_asked(benc
         assert len(server.asked) == asked
 
 
+def test_the_evaluation_answers_a_packs_questions_instead(bench, packs, tmp_path):
+    given = f"evaluation.questions={packs / 'ifeval'}"
+    done = bench("--set", given, "--set", "evaluation.prompts=2", "--set", "benchmarks=[]")
+    assert done.code == 0, done.err
+    answered = [
+        pl.read_parquet(one.path("answers.parquet"))
+        for one in artifacts(tmp_path / "store", "evaluation")
+    ]
+    prompts = [frame["prompt"].to_list() for frame in answered if "1000" in frame["pair_id"]]
+    assert len(prompts) == 1
+    assert ["say it 0" in prompts[0][0], "say it 1" in prompts[0][1]] == [True, True]
+
+
 def test_another_judge_scores_the_same_answers(bench, tmp_path):
     with judging(lambda _: say("[[A=B]]")) as server:
         assert bench(judge=server).code == 0

@@ -57,7 +57,7 @@ def test_a_cancelled_deployment_saves_itself_and_goes_on(finished_run, worker, f
     store = tmp_path / "store"
     shutil.copytree(finished_run.store, store)
     before = set(store.glob("runs/*.json"))
-    overrides = ["train.epochs=200", "train.lr=1e-6", "resources.checkpoint_minutes=100"]
+    overrides = ["train.epochs=100", "train.lr=1e-6", "resources.checkpoint_minutes=100"]
     given = {"recipe": str(finished_run.recipe), "store": str(store), "overrides": overrides}
     prefect("deploy", "--name", "quickstart")
     told = prefect("deployment", "run", "fpo-pipeline/quickstart", "--params", json.dumps(given))
