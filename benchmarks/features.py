@@ -5,7 +5,7 @@
 SmolLM2-135M-Instruct and real preference pairs, read at layer 20 by a JumpReLU SAE with random
 directions of which 50 features a token fire. Of the same length-sorted batches, in turn:
 
-- ``forward``: the model's blocks up to the layer and each batch's mask, and nothing else;
+- ``forward``: the model's blocks up to the layer, on rows laid out as the stage's, nothing else;
 - ``matmul``: scored activations times the encoder's weight and nothing else;
 - ``features``: the stage's pass: everything from token ids to Parquet shards in a store, the merge
   of the statistics included;
@@ -37,11 +37,10 @@ import torch
 
 from benchmarks.peak import PeakMemory
 from benchmarks.real_pairs import real_pairs
-from fpo_core.data.batches import PairIds, attention_mask, batches_by_length, collate
+from fpo_core.data.batches import PairIds, batches_by_length, collate
 from fpo_core.hookpoint import Hookpoint
-from fpo_core.models.attention import parts_for
 from fpo_core.models.budget import CPU_TOKENS, TokenBudget
-from fpo_core.models.forward import scored_activations
+from fpo_core.models.forward import decoder_inputs, laid_out, scored_activations
 from fpo_core.models.hooks import StopForward, capture_activations
 from fpo_core.models.load import load_model, model_folder, prepare_cpu
 from fpo_core.models.random_gemma import SAE_PLACE, make_tiny_gemma
@@ -176,11 +175,11 @@ def _random_sae(x: torch.Tensor, width: int) -> SparseCoder:
 def _forward(model: Any, batches: Sequence[Any]) -> None:
     decoder = model.get_decoder()
     for batch in batches:
-        mask = attention_mask(batch, model.config, model.dtype)
+        rows = laid_out(model, batch)
         with capture_activations(model, [HERE], stop=True), suppress(StopForward):
             decoder(
-                input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids,
-                use_cache=False, **parts_for(decoder.config, batch),
+                input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False,
+                **decoder_inputs(model, rows),
             )  # fmt: skip
 
 

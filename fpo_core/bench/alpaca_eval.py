@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fpo_core.bench.alpaca_package import Evaluator, alpaca_metrics, read_evaluator
-from fpo_core.bench.join import check_answers
+from fpo_core.bench.asked import asked_questions
 from fpo_core.bench.length_control import OFFICIAL, length_controlled
 from fpo_core.bench.model import Answers, JudgeRequest, Question, Reply, Score, Scored
 from fpo_core.bench.pack import Pack
@@ -110,7 +110,7 @@ class AlpacaEval:
                 f"is one model; keep a file for each"
             )
         answers = Answers(models.pop(), outputs)
-        check_answers(self.questions(pack), answers, None)
+        asked_questions(self.questions(pack), None, answers)
         return answers
 
     def template_digest(self, pack: Pack) -> str:
@@ -186,12 +186,9 @@ class AlpacaEval:
                 f"pack {pack.name!r} has no baseline outputs: name an opponent, or add the file "
                 f"with the role 'baseline'"
             )
-        questions = self.questions(pack)
-        for side in (answers, other):
-            check_answers(questions, side, limit)
         pairs = [
             _Pair(question, answers.turns[question.id][0], other.turns[question.id][0])
-            for question in questions[:limit]
+            for question in asked_questions(self.questions(pack), limit, answers, other)
         ]
         return pairs, other.model
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fpo_core.bench.join import check_answers
+from fpo_core.bench.asked import asked_questions
 from fpo_core.bench.model import Answers, JudgeRequest, Question, Reply, Score, Scored
 from fpo_core.bench.pack import Pack
 from fpo_core.bench.punkt import ENGLISH, NEEDED_BY, sentence_model
@@ -121,7 +121,7 @@ class IFEval:
                 checkers do not know; a package or the sentence model missing.
         """
         del opponent, replies
-        check_answers(self.questions(pack), answers, limit)
+        asked_questions(self.questions(pack), limit, answers)
         checkers = load_checkers()
         rows = _read(pack.files["questions"])[:limit]
         for row in rows:

@@ -13,8 +13,8 @@ from fpo_core.models.forward import scored_hidden
 log = logging.getLogger("fpo.stage")
 
 SETTING = "resources.inference.tokens_per_batch"
-# Two cores are busy with this many; more only take memory, and pad more.
-CPU_TOKENS = 1024
+# Two cores are busy with this many; more only take memory.
+CPU_TOKENS = 2048
 # A GPU is busy with this many, whatever memory it has left.
 GPU_TOKENS = 65_536
 # Of the free memory: the SAE's chunks, the head's, and what the allocator cannot use take theirs.

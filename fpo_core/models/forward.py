@@ -22,7 +22,7 @@ from fpo_core.logprobs import (
     sum_by_response,
 )
 from fpo_core.models.architectures import decoder_layers
-from fpo_core.models.attention import is_by_parts, parts_for
+from fpo_core.models.attention import inputs_by_parts, is_by_parts, packed
 from fpo_core.models.hooks import StopForward, capture_activations
 
 
@@ -58,6 +58,7 @@ def forward_pairs(
         hookpoints: where the SAEs read.
         reference: a live reference, whose KL is wanted.
     """
+    batch = laid_out(model, batch)
     with capture_activations(model, hookpoints) as capture:
         hidden = _decoder(model, batch)
     scored, head = at_scored(hidden, batch), output_head(model)
@@ -84,6 +85,7 @@ def reference_side(model: Any, batch: PairBatch) -> ReferenceSide:
 
 def scored_hidden(model: Any, batch: PairBatch) -> Tensor:
     """Final hidden states [N, d_model] at the scored positions."""
+    batch = laid_out(model, batch)
     return at_scored(_decoder(model, batch), batch)
 
 
@@ -91,6 +93,7 @@ def scored_activations(
     model: Any, batch: PairBatch, hookpoints: Sequence[Hookpoint]
 ) -> tuple[Tensor, ...]:
     """The activations [N, d_model] alone: blocks after the deepest and the head do not run."""
+    batch = laid_out(model, batch)
     capturing = capture_activations(model, hookpoints, stop=True)
     with capturing as capture, suppress(StopForward):
         _decoder(model, batch)
@@ -102,15 +105,27 @@ def at_scored(values: Tensor, batch: PairBatch) -> Tensor:
     return values.flatten(0, 1)[batch.positions]
 
 
+def laid_out(model: Any, batch: PairBatch) -> PairBatch:
+    """The batch as this model takes it: without padding where its attention needs no mask."""
+    return packed(batch) if is_by_parts(model.get_decoder().config) else batch
+
+
 def _decoder(model: Any, batch: PairBatch) -> Tensor:
     decoder = model.get_decoder()
     return decoder(
         input_ids=batch.input_ids,
-        attention_mask=attention_mask(batch, decoder.config, model.dtype),
         position_ids=batch.position_ids,
         use_cache=False,
-        **parts_for(decoder.config, batch),
+        **decoder_inputs(model, batch),
     ).last_hidden_state
+
+
+def decoder_inputs(model: Any, batch: PairBatch) -> dict[str, Any]:
+    """What keeps the rows of a batch, and the responses of a row, apart in the decoder."""
+    config = model.get_decoder().config
+    if is_by_parts(config):
+        return inputs_by_parts(batch)
+    return {"attention_mask": attention_mask(batch, config, model.dtype)}
 
 
 def prompt_cost(model: Any) -> PromptCost:

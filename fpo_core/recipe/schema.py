@@ -210,7 +210,7 @@ class InferenceSettings(Settings):
     tokens_per_batch: Count | Literal["auto"] = Field(
         default="auto",
         description="tokens a forward pass, padding included; `auto`: what the GPU's free memory "
-        "holds, 1,024 on a CPU",
+        "holds, 2,048 on a CPU",
     )
     runner: Literal["local", "ray"] = Field(
         default="local", description="where shards are computed: in this process, or on Ray"
