@@ -28,6 +28,7 @@ from tasks.run import Outcome, PipelineRun, Work
 
 log = logging.getLogger("fpo.stage")
 
+UNREAD_SHARE = 0.1  # of verdicts: more of them unread, and the judge is called weak
 SCORES, VERDICTS = "scores.json", "verdicts.parquet"
 
 
@@ -174,8 +175,17 @@ def _record(
         "opponent": opponent,
         "temperature": contest.temperature,
         "scores": [_score(score) for score in scored.scores],
-        "notes": list(scored.notes),
+        "notes": [*scored.notes, *_unread_note(scored.scores[0])],
     }
+
+
+def _unread_note(score: Score) -> Iterator[str]:
+    """Says of a judge that it is weak, by how many of its verdicts could be read."""
+    if score.judged < (1 - UNREAD_SHARE) * score.asked:
+        yield (
+            f"Of {score.asked} verdicts {score.judged} could be read: this judge is weak at its "
+            f"task, and these figures say little."
+        )
 
 
 def _score(score: Score) -> dict[str, Any]:

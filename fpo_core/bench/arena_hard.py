@@ -11,7 +11,7 @@ and does not need their optimizer to stop at infinity where one model wins every
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +35,8 @@ ELO_SCALE = 400.0
 # Elo is infinite where every battle of a draw is won; percentiles between draws stop here.
 _SURE = 1e-12
 _AGAIN = "/again"
+# Of a judge that draws its verdicts half of the questions contradict themselves.
+WEAK_SHARE = 1 / 3
 _LABELS = re.compile(ARENA_LABELS)
 
 
@@ -175,7 +177,8 @@ class ArenaHard:
         for outcome, label in OUTCOMES.items():
             count = float(sum(game.outcome == outcome for game in games))
             found.append(Score(outcome, label, "verdicts", count, None, None, read, len(games)))
-        return Scored(tuple(found), tuple(_row(game, opponent.model) for game in games))
+        rows = tuple(_row(game, opponent.model) for game in games)
+        return Scored(tuple(found), rows, tuple(_place_note(games)))
 
     def _opponent(self, pack: Pack, opponent: Answers | None) -> Answers:
         found = opponent or self.baseline(pack)
@@ -251,6 +254,20 @@ def _plain(
     won = np.array([100 * (game.points or 0.0) for game in games]).reshape(-1, len(GAMES))
     read = np.array([game.verdict is not None for game in games]).reshape(-1, len(GAMES))
     return ratio_with_interval(won.sum(1), read.sum(1), resamples, seed)
+
+
+def _place_note(games: list[Game]) -> Iterator[str]:
+    """What the two games of a question tell of the judge: whether it goes by the place."""
+    both = [(games[n].points, games[n + 1].points) for n in range(0, len(games), len(GAMES))]
+    decided = [pair for pair in both if None not in pair and 0.5 not in pair]
+    by_place = sum(first != second for first, second in decided)
+    if by_place:
+        share = by_place / len(decided)
+        weak = " Such a judge is weak: it goes by the place." if share >= WEAK_SHARE else ""
+        yield (
+            f"In {by_place} of {len(decided)} questions with two decided games the judge preferred "
+            f"the same place and not the same answer.{weak}"
+        )
 
 
 def _game(question: Question, number: int, replies: Mapping[str, Reply]) -> Game:

@@ -150,15 +150,25 @@ def test_the_evaluation_answers_a_packs_questions_instead(bench, packs, tmp_path
     assert ["say it 0" in prompts[0][0], "say it 1" in prompts[0][1]] == [True, True]
 
 
-def test_another_judge_scores_the_same_answers(bench, tmp_path):
+def test_another_judge_scores_the_same_answers_of_two_policies(bench, tmp_path):
+    """Head to head: here a policy with itself, whose answers are one artifact."""
+    (policy,) = artifacts(tmp_path / "store", "policy")
     with judging(lambda _: say("[[A=B]]")) as server:
-        assert bench(judge=server).code == 0
+        assert bench(judge=server, against=[policy.name]).code == 0
         before = {one.version for one in artifacts(tmp_path / "store", "answers")}
-        done = bench("--set", "judge.revision=2026-01", judge=server)
+        done = bench("--set", "judge.revision=2026-01", judge=server, against=[policy.name])
         assert done.code == 0, done.err
         assert "generate@arena-hard-v0.1 reused" in done.err
     assert {one.version for one in artifacts(tmp_path / "store", "answers")} == before
-    assert len(artifacts(tmp_path / "store", "scores")) == 3
+    scores = [
+        json.loads(one.path("scores.json").read_text())
+        for one in artifacts(tmp_path / "store", "scores")
+    ]
+    assert len(scores) == 3
+    judged = [record for records in scores for record in records if record["key"]["judge"]]
+    assert {record["opponent"] for record in judged} == {policy.name}
+    assert {record["key"]["opponent_model"] for record in judged} == {f"artifact:{policy.name}"}
+    assert all(record["scores"][0]["value"] == pytest.approx(50) for record in judged)
 
 
 def test_mistakes_are_told_before_anything_runs(bench, packs, tmp_path, monkeypatch):

@@ -352,3 +352,22 @@ def test_the_template_digest_follows_the_judges_words(pack, tmp_path):
         judge.write_text(yaml.safe_dump({**ARENA_JUDGE, **changed}))
         other = pack._replace(files={**pack.files, "judge": judge})
         assert (RULES.template_digest(other) == before) is same
+
+
+def test_a_judge_that_goes_by_the_place_is_called_weak(pack):
+    answers, other = answered("m", pack), answered("o", pack)
+    requests = RULES.requests(pack, answers, other)
+    by_place = RULES.score(pack, answers, other, judged(requests, lambda _: "A>B"))
+    assert by_place.notes == (
+        f"In {COUNT} of {COUNT} questions with two decided games the judge preferred the same "
+        f"place and not the same answer. Such a judge is weak: it goes by the place.",
+    )
+    one = requests[0].key  # the model is B there: once it loses both games
+    mostly = judged(requests, lambda r: "A>B" if r.key.endswith("/1") else "B>A")
+    assert RULES.score(pack, answers, other, mostly).notes == ()
+    mostly[one] = Reply("[[B>A]]", "stop")
+    (note,) = RULES.score(pack, answers, other, mostly).notes
+    assert note.startswith(f"In 1 of {COUNT} ")
+    assert "weak" not in note
+    tied = judged(requests, lambda _: "A=B")
+    assert RULES.score(pack, answers, other, tied).notes == ()
