@@ -15,7 +15,7 @@ quickstart: setup ## run the whole pipeline on a small real model, on this machi
 	@$(BIN)/fpo run quickstart $(ARGS)
 
 test: setup ## run all tests; ARGS go to pytest
-	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: setup ## run the tests that take seconds; ARGS go to pytest
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)

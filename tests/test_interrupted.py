@@ -129,7 +129,8 @@ def wait_for_the_end_of(run_mark: str) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("artifact", STAGE_ORDER)
+# Not in features alone: where reference is missing too, one pass computes both.
+@pytest.mark.parametrize("artifact", [name for name in STAGE_ORDER if name != "features"])
 def test_a_killed_run_finishes_with_the_artifacts_it_would_have_had(whole, tmp_path, artifact):
     store = store_up_to(whole, artifact, tmp_path / "store")
     if artifact == "evaluation":

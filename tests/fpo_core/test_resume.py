@@ -87,14 +87,12 @@ def newest(spec):
 @pytest.mark.parametrize(
     ("ranks", "settings", "offload"),
     [
-        (1, {"method": "fpo"}, "none"),
         (
             2,
             {"method": "fpo", "zero_stage": 2, "schedule": "cosine", "optimizer": "adamw"},
             "optimizer",
         ),
-        (2, {"method": "tdpo2", "zero_stage": 3}, "all"),
-        (3, {"method": "dpo", "zero_stage": 3, "optimizer": "rmsprop"}, "none"),
+        (2, {"method": "tdpo2", "zero_stage": 3, "optimizer": "rmsprop"}, "all"),
     ],
 )
 def test_killed_training_resumes_to_the_same_bytes(
@@ -108,7 +106,7 @@ def test_killed_training_resumes_to_the_same_bytes(
     settings = {"epochs": 5, "warmup_steps": 2, "lr": 1e-4, **settings}
     whole = job(heldout_caches, tmp_path / "whole", **settings)
     expected, weights = run(whole, ranks)
-    held = (6, 1, 2)[ranks - 1]  # fewer than ranks: one has none
+    held = 1  # fewer than ranks: one has none
     monitor = MonitorSettings(heldout_steps=2, heldout_pairs=held)
     watched = {**SAVING, "monitor": monitor, "offload": offload}
     cut = job(heldout_caches, tmp_path / "cut", **settings).model_copy(update=watched)
