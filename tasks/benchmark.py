@@ -156,9 +156,7 @@ def _record(
     """The figures of a contest, and the key that says with which others they can be compared."""
     part: Mapping[str, Any] = run.planned(planned.stage).recipe
     generation = run.planned(planned.answers_stage(POLICY)).recipe
-    decoding = {
-        name: generation[name] for name in ("max_new_tokens", "top_p", "samples", "template")
-    }
+    decoding = {name: generation[name] for name in ("max_new_tokens", "top_p", "samples")}
     opponent = contest.opponent.model if contest.opponent else None
     model = None  # the pack's digest tells which baseline it was
     if contest.against not in (None, BASELINE):
@@ -166,7 +164,8 @@ def _record(
     key = {
         "benchmark": planned.pack.name, "pack": planned.pack.digest, "limit": part["limit"],
         "template": part["template"], "judge": part.get("judge"), "opponent": opponent,
-        "opponent_model": model, "temperature": contest.temperature, **decoding,
+        "opponent_model": model, "temperature": contest.temperature,
+        "chat_template": generation["template"], **decoding,
     }  # fmt: skip
     return {
         "key": key,

@@ -7,6 +7,8 @@ import polars as pl
 import pytest
 import yaml
 
+from fpo_core.bench.arena_hard import ArenaHard
+from fpo_core.bench.pack import load_pack
 from storage.catalog import list_artifacts
 from storage.location import open_store
 from tests.fpo_core.packs import arena_folder, write_rows
@@ -82,7 +84,9 @@ def test_without_a_judge_answers_are_made_and_what_needs_none_is_scored(bench, t
     assert len(pl.read_parquet(scores.path("verdicts.parquet"))) >= 6
 
 
-def test_a_judge_compares_with_baseline_and_reference_and_is_asked_nothing_twice(bench, tmp_path):
+def test_a_judge_compares_with_baseline_and_reference_and_is_asked_nothing_twice(
+    bench, packs, tmp_path
+):  # fmt: skip
     broken = 3
 
     def breaks_down(asked):
@@ -113,6 +117,8 @@ def test_a_judge_compares_with_baseline_and_reference_and_is_asked_nothing_twice
     assert len(set(places)) == 4
     for record in records:
         assert record["key"]["judge"] == {"model": "m", "revision": None}
+        assert record["key"]["template"] == ArenaHard().template_digest(load_pack(packs / "arena"))
+        assert record["key"]["chat_template"] == "model"
         (rate,) = (score for score in record["scores"] if score["name"] == "win_rate")
         assert (rate["judged"], rate["asked"]) == (8, 8)
     assert server.url not in arena.path("scores.json").read_text()
