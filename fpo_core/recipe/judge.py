@@ -77,7 +77,7 @@ class JudgeSettings(Settings):
             )
         try:
             parts = urlsplit(self.base_url)
-            parts.port  # noqa: B018 - raises where it is no number
+            _ = parts.port  # raises where it is no number
         except ValueError:
             parts = urlsplit("")
         if parts.username or parts.password or "@" in parts.netloc or parts.query or parts.fragment:

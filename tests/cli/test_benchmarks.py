@@ -125,7 +125,7 @@ def test_a_judge_compares_with_baseline_and_reference_and_is_asked_nothing_twice
 
 
 def test_the_cost_is_told_before_and_after_the_answers_and_nothing_is_asked(bench, tmp_path):
-    with judging(lambda _: say("[[A=B]]")) as server:
+    with judging(lambda _: say("Both are fine.")) as server:
         price = ("--set", "judge.price={prompt: 10, reply: 30}")
         before = bench("--estimate-cost", *price, judge=server)
         assert before.code == 0, before.err
@@ -141,6 +141,16 @@ def test_the_cost_is_told_before_and_after_the_answers_and_nothing_is_asked(benc
         assert "stored" in after.out
         assert "0.00" in after.out
         assert len(server.asked) == asked
+    notes = [
+        note
+        for one in artifacts(tmp_path / "store", "scores")
+        for record in json.loads(one.path("scores.json").read_text())
+        if record["key"]["judge"]
+        for note in record["notes"]
+    ]
+    assert len(notes) == 4  # two opponents at two temperatures, and no verdict of this judge
+    assert all("Of 8 verdicts 0 could be read: this judge is weak" in note for note in notes)
+    assert "this judge is weak" in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_the_evaluation_answers_a_packs_questions_instead(bench, packs, tmp_path):
