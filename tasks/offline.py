@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
@@ -227,7 +227,7 @@ def _finished(
     if settings.runner == "local":
         worker = OfflineWorker(run, writers)
         worker.gate()
-        yield from _in_process(worker, writers, todo, progress.advance)
+        yield from in_process(worker, writers, todo, progress.advance)
         return
     if not all(
         is_gated(writers[stage]) for stage in features_stages(run.recipe) if stage in writers
@@ -273,8 +273,16 @@ def _put_receipts(writers: Mapping[str, ArtifactWriter], done: ShardDone) -> Non
         writers[stage].put_receipt(receipt)
 
 
-def _in_process(
-    worker: OfflineWorker,
+class _Worker(Protocol):
+    """Computes shards, and writes them."""
+
+    def compute(self, todo: Todo, on_tokens: Callable[[int], None], /) -> ComputedShard: ...
+
+    def write(self, computed: ComputedShard, /) -> ShardDone: ...
+
+
+def in_process(
+    worker: _Worker,
     writers: Mapping[str, ArtifactWriter],
     todo: Sequence[Todo],
     on_tokens: Callable[[int], None],

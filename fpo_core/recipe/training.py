@@ -8,6 +8,8 @@ from pydantic import Field, field_validator, model_validator
 from fpo_core.recipe.base import Count, NonNegative, Positive, Settings
 from fpo_core.recipe.methods import METHODS
 
+ZeroStage = Literal[0, 1, 2, 3]
+
 
 class GroupSettings(Settings):
     """A group of features that the constraint holds near the reference's (Section 5.3)."""
@@ -46,7 +48,7 @@ class OptimizerSettings(Settings):
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"
     max_grad_norm: Positive = Field(default=10.0, description="gradient clipping")
     activation_checkpointing: bool = False
-    zero_stage: Literal[0, 1, 2, 3] = Field(default=0, description="DeepSpeed ZeRO stage")
+    zero_stage: ZeroStage = Field(default=0, description="DeepSpeed ZeRO stage")
     seed: int = Field(default=0, description="data order")
     bucket_batches: Count = Field(
         default=8,
