@@ -49,7 +49,7 @@ from fpo_core.models.forward import decoder_inputs, laid_out, prompt_cost, score
 from fpo_core.models.hooks import StopForward, capture_activations
 from fpo_core.models.load import inference_device, load_model, model_folder, prepare_cpu
 from fpo_core.models.random_gemma import SAE_PLACE, make_tiny_gemma
-from fpo_core.offline import WantedFeatures, score_shard
+from fpo_core.offline import WantedFeatures, pass_shard, score_shard
 from fpo_core.progress import not_shown
 from fpo_core.quiet import set_quiet_defaults
 from fpo_core.recipe import load_recipe
@@ -57,12 +57,10 @@ from fpo_core.recipe.schema import FeatureSettings
 from fpo_core.sae.coder import SparseCoder, load_coder
 from storage.location import open_store
 from storage.manifest import Made
-from storage.schemas import REFERENCE
 from storage.writer import ArtifactWriter
-from tasks.arrow import to_table
 from tasks.fanout import ShardDone, Todo
 from tasks.features import merge_statistics
-from tasks.offline import ComputedShard, feature_tables, in_process
+from tasks.offline import ComputedShard, feature_tables, in_process, write_shard
 
 HERE, L0, SEED = Hookpoint(20), 50, 0
 SHARD_PAIRS, GPU_SHARD_PAIRS = 64, 256
@@ -243,24 +241,15 @@ class _Stage(NamedTuple):
     def compute(self, todo: Todo, on_tokens: Callable[[int], None]) -> ComputedShard:
         """Score a shard's pairs."""
         begin = todo.shard * self.shard_pairs
-        scores = score_shard(
+        passed = pass_shard(
             self.model, self.pairs[begin : begin + self.shard_pairs], self.saes,
             want_reference=self.want_reference, budget=self.budget, on_tokens=on_tokens,
         )  # fmt: skip
-        tables = {}
-        if scores.features:
-            tables["features"] = feature_tables(scores.features[0])
-        if scores.reference is not None:
-            tables["reference"] = {"": to_table(scores.reference, REFERENCE)}
-        return ComputedShard(todo.shard, tables, scores.tokens)
+        return ComputedShard(todo.shard, ("features",) if self.saes else (), passed)
 
     def write(self, computed: ComputedShard) -> ShardDone:
-        """Put a shard's tables into the store."""
-        receipts = {
-            stage: self.writers[stage].put_tables(computed.shard, tables)
-            for stage, tables in computed.tables.items()
-        }
-        return ShardDone(computed.tokens, receipts)
+        """Make and write its tables."""
+        return write_shard(computed, self.writers)
 
 
 def _stage(

@@ -6,8 +6,9 @@ an artifact's bytes do not depend on what was computed beside it.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +48,18 @@ class ShardScores(NamedTuple):
     tokens: int  # that went through the model
 
 
-@torch.no_grad()
+class PassedShard(NamedTuple):
+    """A shard that the model is done with, while its last batches are still being gathered."""
+
+    reference: Columns | None
+    tokens: int
+    gatherer: "_Gatherer"
+
+    def scores(self) -> ShardScores:
+        """Its columns; waits for what is being gathered. From any thread, once."""
+        return ShardScores(self.reference, self.gatherer.columns(), self.tokens)
+
+
 def score_shard(
     model: Any,
     pairs: Sequence[PairIds],
@@ -55,9 +67,25 @@ def score_shard(
     *,
     want_reference: bool,
     budget: TokenBudget,
-    on_tokens: Callable[[int], None] = not_shown,
 ) -> ShardScores:
+    """Score the pairs of a shard, and wait for its columns: see ``pass_shard``."""
+    return pass_shard(model, pairs, saes, want_reference=want_reference, budget=budget).scores()
+
+
+@torch.no_grad()
+def pass_shard(
+    model: Any,
+    pairs: Sequence[PairIds],
+    saes: Sequence[WantedFeatures],
+    *,
+    want_reference: bool,
+    budget: TokenBudget,
+    on_tokens: Callable[[int], None] = not_shown,
+) -> PassedShard:
     """Score the pairs of a shard with the frozen reference model.
+
+    The features' tables are gathered in a thread, which may be at the last batches when this
+    returns: a GPU need not wait for them before the next shard.
 
     Args:
         model: the reference.
@@ -78,7 +106,8 @@ def score_shard(
     logps = np.zeros(2 * len(pairs))
     tables = [FeatureTables(pairs, s.coder.d_sae, s.settings, s.pinned) for s in saes]
     todo, done = by_length(lengths), 0
-    with _Gatherer(tables) as gatherer:
+    gatherer = _Gatherer(tables)
+    with gatherer.closing():
         while todo:
             taken = that_fit(todo, lengths, budget.tokens)
             try:
@@ -99,7 +128,7 @@ def score_shard(
             todo, done = todo[len(taken) :], done + batch.num_tokens
             on_tokens(batch.num_tokens)
     reference = _reference_columns(pairs, logps.reshape(-1, 2)) if want_reference else None
-    return ShardScores(reference, tuple(table.columns() for table in tables), done)
+    return PassedShard(reference, done, gatherer)
 
 
 def _pass(
@@ -152,8 +181,15 @@ class _Gatherer:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="features")
         self._last: Future[None] | None = None
 
-    def __enter__(self) -> "_Gatherer":
-        return self
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Batches come in here, and none after; what an error leaves behind is waited for."""
+        try:
+            yield
+        except BaseException:
+            self._thread.shutdown(wait=True)
+            raise
+        self._thread.shutdown(wait=False)
 
     def add(self, tokens: ScoredTokens, active: Sequence[ActiveFeatures]) -> None:
         """Take in a batch; waits for the one before, so that no more than one is held."""
@@ -168,10 +204,10 @@ class _Gatherer:
         if self._last is not None:
             self._last.result()
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._thread.shutdown(wait=True)
-        if kind is None:
-            self._finish()
+    def columns(self) -> tuple[FeatureColumns, ...]:
+        """Of each table, once all batches are in."""
+        self._finish()
+        return tuple(table.columns() for table in self._tables)
 
 
 def _reference_columns(pairs: Sequence[PairIds], logps: np.ndarray) -> Columns:

@@ -37,6 +37,7 @@ from tasks.run import PipelineRun, recipe_store
 if TYPE_CHECKING:
     from fpo_core.data.batches import PairIds
     from fpo_core.features.tables import FeatureColumns
+    from fpo_core.offline import PassedShard
     from fpo_core.sae.coder import SparseCoder
 
 log = logging.getLogger("fpo.stage")
@@ -45,11 +46,11 @@ Tables = dict[str, pa.Table]
 
 
 class ComputedShard(NamedTuple):
-    """A shard's tables, not yet in the store."""
+    """A shard that the model is done with; its tables are not made yet."""
 
     shard: int
-    tables: dict[str, Tables]  # by stage
-    tokens: int
+    stages: tuple[str, ...]  # whose features are in it, in the order of the SAEs
+    passed: "PassedShard"
 
 
 class OfflineWorker:
@@ -109,7 +110,7 @@ class OfflineWorker:
                 self._saes[stage] = self._saes[stage]._replace(coder=only_encodes)
 
     def compute(self, todo: Todo, on_tokens: Callable[[int], None] = not_shown) -> ComputedShard:
-        """The missing tables of a shard.
+        """The model's part in the missing tables of a shard.
 
         Args:
             todo: which.
@@ -117,35 +118,46 @@ class OfflineWorker:
         """
         from fpo_core.data.batches import check_vocabulary
         from fpo_core.logprobs import output_head
-        from fpo_core.offline import score_shard
+        from fpo_core.offline import pass_shard
 
         pairs = read_pair_ids(self._pairs.table(shard=todo.shard))
         # The head, not the configuration: a multimodal one has its text model's inside.
         check_vocabulary(pairs, len(output_head(self._model).weight))
-        stages = [stage for stage in self._saes if stage in todo.stages]
-        scores = score_shard(
+        stages = tuple(stage for stage in self._saes if stage in todo.stages)
+        passed = pass_shard(
             self._model, pairs, [self._saes[stage] for stage in stages],
             want_reference="reference" in todo.stages, budget=self._budget, on_tokens=on_tokens,
         )  # fmt: skip
-        tables: dict[str, Tables] = {
-            stage: feature_tables(columns)
-            for stage, columns in zip(stages, scores.features, strict=True)
-        }
-        if scores.reference is not None:
-            tables["reference"] = {"": to_table(scores.reference, REFERENCE)}
-        return ComputedShard(todo.shard, tables, scores.tokens)
+        return ComputedShard(todo.shard, stages, passed)
 
     def write(self, computed: ComputedShard) -> ShardDone:
-        """Put a shard's tables into the store."""
-        receipts = {
-            stage: self._writers[stage].put_tables(computed.shard, tables)
-            for stage, tables in computed.tables.items()
-        }
-        return ShardDone(computed.tokens, receipts)
+        """Make a shard's tables and put them into the store."""
+        return write_shard(computed, self._writers)
 
     def run(self, work: Todo) -> ShardDone:
         """Compute a shard and write it."""
         return self.write(self.compute(work))
+
+
+def write_shard(computed: ComputedShard, writers: Mapping[str, ArtifactWriter]) -> ShardDone:
+    """Make a shard's tables and put them into the store, without receipts.
+
+    Args:
+        computed: the shard.
+        writers: by stage; ``reference`` where its log-probs were wanted.
+    """
+    scores = computed.passed.scores()
+    tables = {
+        stage: feature_tables(columns)
+        for stage, columns in zip(computed.stages, scores.features, strict=True)
+    }
+    if scores.reference is not None:
+        tables["reference"] = {"": to_table(scores.reference, REFERENCE)}
+    receipts = {
+        stage: writers[stage].put_tables(computed.shard, its_tables)
+        for stage, its_tables in tables.items()
+    }
+    return ShardDone(scores.tokens, receipts)
 
 
 def feature_tables(columns: "FeatureColumns") -> Tables:
@@ -287,7 +299,7 @@ def in_process(
     todo: Sequence[Todo],
     on_tokens: Callable[[int], None],
 ) -> Iterator[ShardDone]:
-    """Shard after shard; one is written, its receipts too, while the next is computed.
+    """Shard after shard; one's tables are made and written while the model is at the next.
 
     An error in the next one finds it finished: leaving the thread's context waits for it.
     """

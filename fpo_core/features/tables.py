@@ -102,8 +102,7 @@ class FeatureTables:
         active: ActiveFeatures, count: np.ndarray,
     ) -> np.ndarray:  # fmt: skip
         """Keep each token's strongest features; returns which of the active ones these are."""
-        # Stable, and a token's features ascend: ties go to the lower index.
-        order = np.lexsort((-active.value, active.token))
+        order = _strongest_first(active)
         kept = order[_counting(count) < self.settings.tokens_k]
         offsets = offsets_of(np.minimum(count, self.settings.tokens_k))
         indices = Lists(active.feature[kept].astype(np.uint32), offsets)
@@ -189,6 +188,16 @@ class FeatureTables:
     def _names(self, responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pair_ids = np.array([pair.pair_id for pair in self.pairs])
         return pair_ids[responses // 2], np.array(SIDES)[responses % 2]
+
+
+def _strongest_first(active: ActiveFeatures) -> np.ndarray:
+    """An order [M] of what is active: by token, its features by descending value.
+
+    Stable, and a token's features ascend: ties go to the lower index. One key of both, as the bits
+    of positive floats are in the order of their values: a tenth of ``lexsort``'s time.
+    """
+    weakness = np.int64(np.iinfo(np.int32).max) - active.value.view(np.int32)
+    return np.argsort((active.token << 32) | weakness, kind="stable")
 
 
 def _counting(lengths: np.ndarray) -> np.ndarray:

@@ -128,6 +128,11 @@ def decoder_inputs(model: Any, batch: PairBatch) -> dict[str, Any]:
     return {"attention_mask": attention_mask(batch, config, model.dtype)}
 
 
+# Of attention's products on a GPU what its passes over memory make of them, by implementation:
+# Gemma-2-2B's shape in bfloat16 on an H200, 8 pairs of 512 + 768 + 768 tokens in 8 rows and in 16.
+GPU_ATTENTION = {"eager": 5.4, "sdpa": 2.4}
+
+
 def prompt_cost(model: Any) -> PromptCost:
     """What a token, and what attention costs in this model; every block is alike.
 
@@ -138,4 +143,7 @@ def prompt_cost(model: Any) -> PromptCost:
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     token = 2.0 * sum(parameter.numel() for parameter in block.parameters())
-    return PromptCost(token, 0.0 if is_by_parts(config) else 4.0 * heads * width)
+    attention = 0.0 if is_by_parts(config) else 4.0 * heads * width
+    if model.device.type == "cuda":
+        attention *= GPU_ATTENTION.get(config._attn_implementation, 1.0)
+    return PromptCost(token, attention)

@@ -103,9 +103,10 @@ class SparseCoder(NamedTuple):
             acts = self.encode(x)
             fires = acts > 0
         places = fires.flatten().nonzero().squeeze(1)
-        values = acts.flatten()[places].cpu().numpy()
-        token, feature = np.divmod(places.cpu().numpy(), self.d_sae)
-        return ActiveFeatures(token + first, feature, values)
+        values = acts.flatten()[places]
+        token = torch.div(places, self.d_sae, rounding_mode="floor")
+        feature = places - token * self.d_sae
+        return ActiveFeatures(*(part.cpu().numpy() for part in (token + first, feature, values)))
 
     def encode_columns(self, x: Tensor, columns: Tensor) -> Tensor:
         """Activations [N, m] of the features ``columns`` [m] alone, with gradient to ``x``."""
