@@ -63,7 +63,8 @@ from tasks.features import merge_statistics
 from tasks.offline import ComputedShard, feature_tables, in_process, write_shard
 
 HERE, L0, SEED = Hookpoint(20), 50, 0
-SHARD_PAIRS, GPU_SHARD_PAIRS = 64, 256
+# Few on a GPU: what is left to write after the last shard is then as little as in a long run.
+SHARD_PAIRS, GPU_SHARD_PAIRS = 64, 16
 ROWS_PER_BATCH = 8  # sae-lens': as many tokens as ours
 SETTINGS = FeatureSettings(cache_k=256, tokens_k=32)
 RECIPE = load_recipe("quickstart")
