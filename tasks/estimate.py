@@ -20,8 +20,10 @@ from tasks.costs import Cost, Facts, stage_cost
 from tasks.plan import Plan, StagePlan
 from tasks.texts import Texts, dialogue_texts, pair_texts, texts_of_artifact
 
-# Nvidia's data sheet, bfloat16 without sparsity; and the share of it that a pass is taken to reach.
-H100_FLOPS, UTILIZATION = 989e12, 0.4
+# Nvidia's data sheet, bfloat16 without sparsity; and the share of it that a pass is taken to reach:
+# on an H200, as fast, 0.23 forward and 0.20 to 0.25 of a step (docs/performance.md); an H100's
+# memory is slower.
+H100_FLOPS, UTILIZATION = 989e12, 0.2
 
 _RECENT = 8  # earlier artifacts of a stage that are looked at
 _WIDTH = re.compile(r"width_(\d+)([km])")
@@ -74,7 +76,7 @@ def estimate_plan(recipe: Recipe, plan: Plan, store: Store, what_if: WhatIf) -> 
     if on_h100:
         rests_on.append(
             f"an H100 does {UTILIZATION:.0%} of its {H100_FLOPS / 1e12:.0f} TFLOP/s (bfloat16): "
-            f"assumed, nothing was measured on one"
+            f"about what an H200 did of it with this model's shape (docs/performance.md)"
         )
     stored = sum(stage.bytes or 0.0 for stage in stages)
     return Estimates(stages, tuple(dict.fromkeys(rests_on)), stored, sum(on_h100) / 3600)
