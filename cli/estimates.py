@@ -9,6 +9,7 @@ from cli.show import new_table
 from tasks.estimate import Estimate, Estimates
 from tasks.judging_cost import JudgingCost
 from tasks.run import human_bytes
+from tasks.sweep import CellEstimates
 
 
 def print_estimates(estimates: Estimates) -> None:
@@ -30,6 +31,25 @@ def print_estimates(estimates: Estimates) -> None:
     )  # fmt: skip
     console.print(table)
     for line in estimates.rests_on:
+        console.print(f"- {line}", highlight=False, soft_wrap=True)
+
+
+def print_cell_estimates(cells: Sequence[CellEstimates]) -> None:
+    """A line a cell of a sweep: what it adds to those before it."""
+    table: Table = new_table("cell", "stages", "size", "time")
+    total, stored, lines = 0.0, 0.0, {}
+    for cell, stages, estimates in cells:
+        seconds = sum(stage.seconds or 0.0 for stage in estimates.stages)
+        on_h100 = bool(estimates.h100_hours)
+        total, stored = total + seconds, stored + estimates.bytes
+        lines |= dict.fromkeys(estimates.rests_on)
+        time = _h100(seconds) if on_h100 else _duration(seconds)
+        size = human_bytes(int(estimates.bytes)) if estimates.bytes else ""
+        table.add_row(cell, str(len(stages)), size, time if seconds else "")
+    table.add_row("together", "", human_bytes(int(stored)), _duration(total) if total else "")
+    console = Console()
+    console.print(table)
+    for line in lines:
         console.print(f"- {line}", highlight=False, soft_wrap=True)
 
 

@@ -15,9 +15,11 @@ import typer
 
 from cli.bench import app as bench_app
 from cli.compare import compare
+from cli.prefect import app as prefect_app
 from cli.sae import app as sae_app
 from cli.store import AsJson, StoreUrl
 from cli.store import app as store_app
+from cli.sweep import sweep
 from fpo_core.errors import FPOError, UsageError
 from fpo_core.models.source import TINY_GEMMA
 from fpo_core.quiet import set_quiet_defaults
@@ -37,6 +39,7 @@ Examples:
   fpo store ls                                what is stored
   fpo report quickstart                       the report of a finished run
   fpo compare quickstart gemma2b              finished runs against each other
+  fpo sweep quickstart --grid train.alpha=0.1,0.5,1     a run each, over the same caches
 """
 
 app = typer.Typer(
@@ -51,19 +54,18 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a setting; can be repeated."),
 ]
+FromStage = Annotated[
+    str | None, typer.Option("--from", metavar="STAGE", help="This stage and the later ones.")
+]
+OnlyStage = Annotated[str | None, typer.Option("--only", metavar="STAGE", help="This stage alone.")]
 
 
 @app.command(epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.")
 def run(
     recipe: Recipe,
     overrides: Overrides = None,
-    from_stage: Annotated[
-        str | None,
-        typer.Option("--from", metavar="STAGE", help="This stage and the later ones."),
-    ] = None,
-    only_stage: Annotated[
-        str | None, typer.Option("--only", metavar="STAGE", help="This stage alone.")
-    ] = None,
+    from_stage: FromStage = None,
+    only_stage: OnlyStage = None,
     force: Annotated[
         bool, typer.Option("--force", help="Compute the selected stages anew; drops the old ones.")
     ] = False,
@@ -128,6 +130,8 @@ def run(
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,
+    from_stage: FromStage = None,
+    only_stage: OnlyStage = None,
     pairs: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Estimate for N training pairs, whatever is stored."),
@@ -141,32 +145,41 @@ def plan(
     store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run would reuse, resume or compute, and what that would cost.
+    """Show what a run would reuse, resume or compute, why, and what that would cost.
+
+    A stage is computed where something that its result follows from is not as in any artifact that
+    is stored; `why` says what, against the nearest one.
 
     \b
     Examples:
       fpo plan quickstart --set train.alpha=1.0
+      fpo plan quickstart --only features
       fpo plan gemma2b --pairs 10000000
     """
     from cli.estimates import print_estimates
     from cli.show import print_json, print_plan
     from fpo_core.recipe import load_recipe
     from tasks.estimate import WhatIf, estimate_plan
-    from tasks.plan import make_plan
+    from tasks.plan import asked_stages, make_plan
+    from tasks.reasons import explain_plan
     from tasks.run import recipe_store
 
     settings = load_recipe(recipe, overrides or [])
     artifacts = recipe_store(settings, store)
     planned = make_plan(settings, artifacts)
+    stages = asked_stages(planned, from_stage, only_stage)
+    reasons = explain_plan(planned, artifacts)
     what_if = WhatIf(pairs, prompt_tokens, response_tokens)
-    estimates = estimate_plan(settings, planned, artifacts, what_if)
+    estimates = estimate_plan(settings, planned, artifacts, what_if, stages)
     if as_json:
         print_json({
-            "recipe": settings.name, "store": artifacts.url, "stages": planned.stages,
+            "recipe": settings.name, "store": artifacts.url,
+            "stages": {name: planned.stages[name] for name in stages},
+            "why": {name: why for name, why in reasons.items() if name in stages},
             "unresolved": planned.unresolved, "estimates": estimates,
         })  # fmt: skip
         return
-    print_plan(settings, planned, artifacts)
+    print_plan(settings, planned, artifacts, stages, reasons)
     print_estimates(estimates)
 
 
@@ -225,9 +238,11 @@ def make_tiny_gemma(
 
 
 app.command()(compare)
+app.command()(sweep)
 app.add_typer(store_app, name="store")
 app.add_typer(sae_app, name="sae")
 app.add_typer(bench_app, name="bench")
+app.add_typer(prefect_app, name="prefect")
 
 
 def main(arguments: list[str] | None = None) -> None:

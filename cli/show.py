@@ -3,7 +3,7 @@
 import datetime as dt
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -23,6 +23,7 @@ from storage.store import Store
 from storage.verify import Verdict
 from tasks.check import SaeCheck
 from tasks.plan import Plan
+from tasks.reasons import Reason
 from tasks.run import human_bytes
 
 _LONG_DIGEST = re.compile(r"[0-9a-f]{20,}")
@@ -58,14 +59,16 @@ def new_table(*columns: str) -> Table:
     return table
 
 
-def print_plan(recipe: Recipe, plan: Plan, store: Store) -> None:
-    """What a run of the recipe would do."""
+def print_plan(
+    recipe: Recipe, plan: Plan, store: Store, stages: Sequence[str], reasons: Mapping[str, Reason]
+) -> None:
+    """What a run of the recipe would do with some of its stages, and why."""
     console = _console()
     console.print(
         f"recipe {recipe.name}: {recipe.train.method}, store {store.url}", highlight=False
     )
     table = new_table("stage", "action", "artifact", "rows", "size")
-    for stage in plan.stages.values():
+    for stage in (plan.stages[name] for name in stages):
         rows = size = ""
         if stage.state == "complete":
             manifest = store.artifact(stage.artifact, stage.version).manifest
@@ -73,6 +76,10 @@ def print_plan(recipe: Recipe, plan: Plan, store: Store) -> None:
         name = f"{stage.artifact}/{stage.version}"
         table.add_row(stage.stage, _ACTION[stage.state], name, rows, size)
     console.print(table)
+    for name in stages:
+        if name in reasons:
+            since = f" (against {reasons[name].since})" if reasons[name].changes else ""
+            console.print(Text(f"{name}: {reasons[name]}{since}"))
     if plan.unresolved:
         console.print(
             f"not reachable from here: {', '.join(plan.unresolved)}. Their content is not known, "

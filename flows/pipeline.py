@@ -7,7 +7,19 @@ pairs -> reference -> features -> policy -> evaluation
 from collections.abc import Sequence
 
 from prefect import flow
+from prefect.runtime import deployment
 
+from flows.parameters import (
+    Force,
+    Overrides,
+    RecipeName,
+    ReportFolder,
+    StageName,
+    StoreUrl,
+    run_name,
+)
+from flows.pools import bring_about_elsewhere, cancel_children, refuse_endless_takeover
+from tasks.announce import announce_report, announce_run, progress_shown, tag_run
 from tasks.benchmark import benchmark
 from tasks.evaluate import evaluate
 from tasks.features import features
@@ -22,39 +34,52 @@ from tasks.tokenize import instructions, tokenize
 from tasks.train import train
 
 
-@flow(name="fpo-pipeline", flow_run_name="{recipe}", validate_parameters=True)
+@flow(
+    name="fpo-pipeline",
+    flow_run_name=run_name,
+    validate_parameters=True,
+    on_cancellation=[cancel_children],
+    on_crashed=[cancel_children],
+)
 def fpo_pipeline(
-    recipe: str = "quickstart",
-    overrides: list[str] | None = None,
-    from_stage: str | None = None,
-    only_stage: str | None = None,
-    force: bool = False,
-    store: str | None = None,
-    report_folder: str | None = None,
+    recipe: RecipeName = "quickstart",
+    overrides: Overrides = [],  # noqa: B006  Prefect copies it, and its form shows a list
+    from_stage: StageName | None = None,
+    only_stage: StageName | None = None,
+    force: Force = False,
+    store: StoreUrl = None,
+    report_folder: ReportFolder = None,
 ) -> dict[str, Outcome]:
-    """Run a recipe's stages; what exists already is reused.
-
-    Args:
-        recipe: a shipped recipe's name, or the path of a YAML file.
-        overrides: ``key.path=value`` settings on top of the recipe.
-        from_stage: bring about this stage and the later ones; earlier ones must be done.
-        only_stage: bring about this stage alone; its inputs must be done.
-        force: compute the selected stages again even where their artifacts exist.
-        store: the artifact store, a folder or ``s3://bucket/prefix``; where left out, that of
-            ``FPO_STORE``, or of the recipe.
-        report_folder: where the report goes; ``reports/RECIPE-METHOD`` where left out.
-    """
+    """Run a recipe's stages; what exists already is reused."""
+    refuse_endless_takeover()
     run, stages = prepare_run(
-        recipe, overrides or [], store, first=from_stage, only=only_stage, force=force
+        recipe, overrides, store, first=from_stage, only=only_stage, force=force
     )
+    tag_run(run)
     with run.recorded(stages):
-        outcomes = _bring_about(run, stages)
+        if run.recipe.resources.pools is not None and deployment.id:
+            given = {"recipe": recipe, "overrides": overrides, "force": force, "store": store}
+            outcomes = bring_about_elsewhere(run, stages, given)
+        else:
+            outcomes = bring_about(run, stages)
+        announce_run(outcomes)
         if "evaluate" in stages:
-            bring_report(run, report_folder, outcomes)
+            announce_report(run, bring_report(run, report_folder, outcomes))
     return outcomes
 
 
-def _bring_about(run: PipelineRun, stages: Sequence[str]) -> dict[str, Outcome]:
+def bring_about(run: PipelineRun, stages: Sequence[str]) -> dict[str, Outcome]:
+    """Bring about some stages in this process, in order.
+
+    Args:
+        run: the pipeline run.
+        stages: their names, as planned.
+    """
+    with progress_shown():
+        return _in_order(run, stages)
+
+
+def _in_order(run: PipelineRun, stages: Sequence[str]) -> dict[str, Outcome]:
     outcomes: dict[str, Outcome] = {}
     if "instructions" in stages:
         outcomes["instructions"] = instructions(run)

@@ -3,6 +3,8 @@
 import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -18,6 +20,18 @@ from rich.progress import Progress as RichProgress
 log = logging.getLogger("fpo.progress")
 
 LINE_EVERY_SECONDS = 15.0
+
+_watchers: "list[Callable[[Progress], None]]" = []
+
+
+@contextmanager
+def watched(watcher: "Callable[[Progress], None]") -> Iterator[None]:
+    """Call a function at each advance of any work within."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
 
 
 class Progress:
@@ -86,6 +100,8 @@ class Progress:
         self.done += amount
         if self._first is None:
             self._first = time.monotonic(), self.done
+        for watcher in _watchers:
+            watcher(self)
         rate = f"{human_rate(self.rate, self.unit)} {note}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.done, rate=rate)

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from storage.artifact import Artifact, artifact_key
 from storage.backend import Backend, FileRecord, Hold, check_key
+from storage.checkpoints import SAVED_FILE
 from storage.errors import ArtifactMissing, RefConflict, StoreError
 from storage.manifest import MANIFEST, json_bytes, read_manifest
 from storage.writer import ArtifactWriter, Receipt
@@ -34,6 +35,13 @@ class Ref(NamedTuple):
     recipe: str
     stage: str  # of the artifact
     version: str | None  # None where the ref cannot be read
+
+
+class Begun(NamedTuple):
+    """How far an unfinished artifact is."""
+
+    shards: int  # finished ones
+    checkpoint: str | None  # the newest
 
 
 class Store:
@@ -120,6 +128,17 @@ class Store:
             if receipt is None or bad & set(receipt.files):
                 self.backend.delete([name])
         self.backend.delete([f"{key}/data/{file}" for file in bad])
+
+    def begun(self, stage: str, version: str) -> Begun:
+        """How far an artifact is that was begun and not finished, by what is listed of it."""
+        key = artifact_key(stage, version)
+        shards = sum(1 for _ in self.backend.list(f"{key}/parts/"))
+        names = {
+            entry.key.removeprefix(f"{key}/checkpoints/").partition("/")[0]
+            for entry in self.backend.list(f"{key}/checkpoints/")
+            if entry.key.endswith(f"/{SAVED_FILE}")
+        }
+        return Begun(shards, max(names, default=None))
 
     def received_files(self, stage: str, version: str) -> dict[str, FileRecord]:
         """The data files that an artifact's receipts name, by name below ``data/``."""

@@ -1,5 +1,6 @@
 """Finished runs side by side: what their artifacts say, gathered for ``fpo_core.report``."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,10 @@ class ComparedRuns(NamedTuple):
 
     comparison: Comparison
     report: ComparisonReport
+
+    def with_report(self, **changes: Any) -> "ComparedRuns":
+        """The same with some of the report's fields changed."""
+        return self._replace(report=dataclasses.replace(self.report, **changes))
 
 
 def compare_runs(store: Store, names: Sequence[str]) -> ComparedRuns:

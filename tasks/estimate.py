@@ -6,7 +6,7 @@ one, else as fast as its operations at a stated rate. No torch is imported.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from fpo_core.models.shape import model_shape
@@ -57,7 +57,9 @@ class Estimates(NamedTuple):
     h100_hours: float  # of the stages whose time is from operations
 
 
-def estimate_plan(recipe: Recipe, plan: Plan, store: Store, what_if: WhatIf) -> Estimates:
+def estimate_plan(
+    recipe: Recipe, plan: Plan, store: Store, what_if: WhatIf, stages: Collection[str] | None = None
+) -> Estimates:
     """Estimate the stages that are missing; with other data than the recipe's, all of them.
 
     Args:
@@ -65,21 +67,26 @@ def estimate_plan(recipe: Recipe, plan: Plan, store: Store, what_if: WhatIf) -> 
         plan: its plan on the store.
         store: whose earlier artifacts tell lengths and rates.
         what_if: data that is supposed instead of the recipe's.
+        stages: estimate these alone; None: all.
     """
     supposed = any(value is not None for value in what_if)
     facts, rests_on = _facts(recipe, plan, store, what_if)
-    missing = [name for name, s in plan.stages.items() if supposed or s.state != "complete"]
-    stages = tuple(
+    missing = [
+        name
+        for name, stage in plan.stages.items()
+        if (supposed or stage.state != "complete") and (stages is None or name in stages)
+    ]
+    estimates = tuple(
         _estimate(plan.stages[name], stage_cost(name, missing, facts), store) for name in missing
     )
-    on_h100 = [stage.seconds or 0.0 for stage in stages if stage.time_from == "H100"]
+    on_h100 = [stage.seconds or 0.0 for stage in estimates if stage.time_from == "H100"]
     if on_h100:
         rests_on.append(
             f"an H100 does {UTILIZATION:.0%} of its {H100_FLOPS / 1e12:.0f} TFLOP/s (bfloat16): "
             f"about what an H200 did of it with this model's shape (docs/performance.md)"
         )
-    stored = sum(stage.bytes or 0.0 for stage in stages)
-    return Estimates(stages, tuple(dict.fromkeys(rests_on)), stored, sum(on_h100) / 3600)
+    stored = sum(stage.bytes or 0.0 for stage in estimates)
+    return Estimates(estimates, tuple(dict.fromkeys(rests_on)), stored, sum(on_h100) / 3600)
 
 
 def _facts(

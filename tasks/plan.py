@@ -7,7 +7,7 @@ is imported here: planning is quick.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fpo_core.data.hub import SplitFiles
@@ -274,35 +274,75 @@ def _digest(values: list[str]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def selected_stages(plan: Plan, first: str | None, only: str | None) -> list[str]:
-    """The stages a run is asked to bring about.
+def selected_stages(
+    plan: Plan, first: str | None, only: str | None, kinds: Collection[str] = ()
+) -> list[str]:
+    """The stages a run is asked to bring about, which can begin.
+
+    Args:
+        plan: of the run.
+        first: this stage and the later ones.
+        only: this stage alone.
+        kinds: all stages of these kinds, instead of either.
 
     Raises:
         UsageError: an unknown stage, or both options at once.
         FPOError: inputs that an earlier stage that is not selected has not made.
     """
+    chosen = asked_stages(plan, first, only, kinds)
+    option = None if kinds else "--only" if only else "--from"
+    _check_inputs(plan, chosen, option)
+    return chosen
+
+
+def asked_stages(
+    plan: Plan, first: str | None, only: str | None, kinds: Collection[str] = ()
+) -> list[str]:
+    """The stages that are asked for, whether they can begin or not; see ``selected_stages``."""
     if first and only:
         raise UsageError("--from and --only cannot be used together")
-    asked = first or only
     stages = list(plan.stages)
-    if asked and asked not in stages:
+    if kinds:
+        chosen = [stage for stage in stages if stage in kinds or kind_of(stage) in kinds]
+        if not chosen:
+            raise FPOError(
+                f"this recipe has no stage {' or '.join(sorted(kinds))}; it has {', '.join(stages)}"
+            )
+        return chosen
+    asked = first or only
+    if not asked:
+        return stages
+    if asked not in stages:
         why = ""
         if asked == "sae":
             why = " (this recipe's SAE is a stored one)"
         elif asked.replace("benchmark@", "generate@") in stages:
             why = " (its verdicts need a judge: set judge.model)"
         raise UsageError(f"unknown stage {asked!r}{why}; stages: {', '.join(stages)}")
-    if not asked:
-        return stages
-    start = stages.index(asked)
-    chosen = [asked] if only else stages[start:]
-    needed = {name for stage in chosen for name in plan.stages[stage].made_from}
-    for stage in stages[:start]:
-        planned = plan.stages[stage]
-        if planned.name in needed and planned.state != "complete":
-            raise FPOError(
-                f"stage {asked!r} needs {planned.artifact}/{planned.version}, which stage "
-                f"{stage!r} has not made yet; run without --{'only' if only else 'from'}, or "
-                f"with --from {stage}"
-            )
-    return chosen
+    return [asked] if only else stages[stages.index(asked) :]
+
+
+def _check_inputs(plan: Plan, chosen: Sequence[str], option: str | None) -> None:
+    """Refuse to begin where what the chosen stages need is not made, nor among them.
+
+    Args:
+        plan: of the run.
+        chosen: the stages.
+        option: that chose them; None where the flow of a stage did.
+
+    Raises:
+        FPOError: naming the stage that has to be made before.
+    """
+    made = set(chosen)
+    for stage in chosen:
+        for before, planned in plan.stages.items():
+            if before in made or planned.state == "complete":
+                continue
+            if planned.name in plan.stages[stage].made_from:
+                remedy = f"run without {option}, or with --from {before}"
+                if option is None:
+                    remedy = "run fpo-pipeline, or that stage's own flow, before"
+                raise FPOError(
+                    f"stage {stage!r} needs {planned.name}, which stage {before!r} has not made "
+                    f"yet; {remedy}"
+                )

@@ -48,13 +48,15 @@ def default_folder(run: PipelineRun) -> Path:
     return Path("reports") / f"{run.recipe.name}-{run.recipe.train.method}"
 
 
-def bring_report(run: PipelineRun, folder: str | None, outcomes: Mapping[str, Outcome]) -> None:
-    """Write the report, unless nothing was computed and it is there already."""
+def bring_report(run: PipelineRun, folder: str | None, outcomes: Mapping[str, Outcome]) -> Path:
+    """Write the report, unless nothing was computed and it is there already; the HTML file."""
     place = Path(folder) if folder else default_folder(run)
     nothing_new = all(outcome.state == "reused" for outcome in outcomes.values())
     if not (nothing_new and is_current(run, place)):
         write_report(run, place, outcomes)
-    log.info("report     %s", place / "report.html")
+    page = place / "report.html"
+    log.info("report     %s", page)
+    return page
 
 
 def is_current(run: PipelineRun, folder: Path) -> bool:

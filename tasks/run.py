@@ -8,7 +8,7 @@ import datetime as dt
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -188,6 +188,10 @@ class PipelineRun:
         with self.recorded(stages):
             return {stage: self.bring_about(stage, _never) for stage in stages}
 
+    def told(self, stage: str, state: Literal["computed", "reused"]) -> Outcome:
+        """What became of a stage that another process of this run has seen to."""
+        return _outcome(self.planned(stage), self.artifact(stage), state, 0.0, 0.0)
+
     def keep_file(self, path: Path) -> str:
         """Keep a file with this run's record; returns its key in the store."""
         assert self._run_id is not None, "outside of a recorded run"
@@ -239,6 +243,7 @@ def prepare_run(
     *,
     first: str | None = None,
     only: str | None = None,
+    kinds: Collection[str] = (),
     force: bool = False,
 ) -> tuple[PipelineRun, list[str]]:
     """Read the recipe, open the store, plan, and select: all that can fail before work begins.
@@ -249,6 +254,7 @@ def prepare_run(
         store: the store's URL; ``FPO_STORE``'s or the recipe's where it is None.
         first: bring about this stage and the later ones.
         only: bring about this stage alone.
+        kinds: bring about the stages of these kinds, instead of either.
         force: compute the selected stages again.
 
     Returns:
@@ -275,7 +281,7 @@ def prepare_run(
             f"(HF_TOKEN) and the network, or give a local copy (a dataset's split as a Parquet or "
             f"JSONL file)"
         )
-    stages = selected_stages(plan, first, only)
+    stages = selected_stages(plan, first, only, kinds)
     if any(kind_of(stage) in ("reference", "features") for stage in stages):
         check_ray(settings.resources.inference)
     run = PipelineRun(settings, artifacts, plan, frozenset(stages if force else ()))

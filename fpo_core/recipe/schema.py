@@ -241,6 +241,13 @@ class InferenceSettings(Settings):
         return self
 
 
+class PoolSettings(Settings):
+    """Prefect work pools that a deployed ``fpo-pipeline`` hands its stages to."""
+
+    cpu: str = Field(default="fpo-cpu", min_length=1, description="of the stages that need no GPU")
+    gpu: str = Field(default="fpo-h100", min_length=1, description="of those that use one")
+
+
 class ResourceSettings(Settings):
     """How the work is done; changes speed and memory, not the result."""
 
@@ -285,6 +292,11 @@ class ResourceSettings(Settings):
         default=10, description="training saves itself this often, at a step's end; 0: every step"
     )
     checkpoints_kept: Count = Field(default=2, description="newest checkpoints kept while training")
+    pools: PoolSettings | None = Field(
+        default=None,
+        description="work pools that a deployed run hands its stages to, by the deployments "
+        "fpo-stages/POOL; default, and in `fpo run`: all stages where the run is",
+    )
 
     @model_validator(mode="after")
     def _meeting_place_of_hosts(self) -> "ResourceSettings":
