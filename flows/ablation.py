@@ -23,11 +23,13 @@ from flows.cell import CellJob
 from flows.parameters import Overrides, RecipeName, StoreUrl, run_name
 from fpo_core.errors import FPOError
 from fpo_core.processes import end_with_parent
+from fpo_core.recipe.load import override_pattern
 from tasks.compare import compare_runs, write_comparison
 from tasks.sweep import PlannedCell, Sweep, plan_sweep
 
 log = logging.getLogger("fpo.sweep")
 
+Grid = list[Annotated[str, Field(pattern=override_pattern())]]
 SHOWN_LINES = 12  # of a failed cell's last words
 
 
@@ -42,22 +44,27 @@ class CellOutcome(NamedTuple):
 
 @flow(name="fpo-ablation", flow_run_name=run_name)
 def fpo_ablation(
-    recipe: RecipeName = "quickstart",
-    grid: Annotated[
-        list[str], Field(description="Axes, each key.path=value,value: train.alpha=0.1,0.5")
-    ] = [],  # noqa: B006
-    preset: Annotated[
-        str | None,
-        Field(description="A sweep by name instead: methods, alpha, layers, saes, normalization."),
-    ] = None,
+    recipe: RecipeName,
+    grid: Grid = [],  # noqa: B006  Prefect copies it, and its form shows a list
+    preset: str | None = None,
     overrides: Overrides = [],  # noqa: B006
-    parallel: Annotated[int, Field(ge=1, description="Cells at a time.")] = 1,
+    parallel: Annotated[int, Field(ge=1)] = 1,
     store: StoreUrl = None,
-    report_folder: Annotated[
-        str | None, Field(description="Where reports go; reports/sweep-RECIPE where left out.")
-    ] = None,
+    report_folder: str | None = None,
 ) -> list[CellOutcome]:
-    """Run every cell of a grid; what cells share, and what exists already, is computed once."""
+    """Run every cell of a grid; what cells share, and what exists already, is computed once.
+
+    Args:
+        recipe: a shipped recipe's name, or the path of a YAML file as the worker sees it.
+        grid: axes, each ``key.path=value,value``: ``train.alpha=0.1,0.5``.
+        preset: a sweep by name instead: methods, alpha, layers, saes or normalization.
+        overrides: settings of all cells, each ``key.path=value``.
+        parallel: cells at a time.
+        store: a folder or ``s3://bucket/prefix``; where left out, the worker's ``FPO_STORE``, or
+            the recipe's.
+        report_folder: where the comparison and the cells' reports go; ``reports/sweep-RECIPE``
+            where left out.
+    """
     sweep = plan_sweep(recipe, overrides, grid, preset, store)
     folder = Path(report_folder or f"reports/sweep-{sweep.cells[0].cell.recipe.name}")
     outcomes = run_cells(sweep, recipe, store, parallel, folder)

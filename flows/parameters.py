@@ -16,56 +16,23 @@ from fpo_core.recipe import load_recipe
 from fpo_core.recipe.load import override_pattern, shipped_recipes
 from tasks.plan import STAGES
 
-_FILE = r".*\.ya?ml"
+_RECIPES = "|".join(map(re.escape, shipped_recipes()))
+RecipeName = Annotated[str, Field(pattern=rf"^({_RECIPES}|.*\.ya?ml)$", examples=shipped_recipes())]
+Overrides = list[Annotated[str, Field(pattern=override_pattern())]]
+# A further SAE's features are features@LAYER, a benchmark's stages generate@NAME, benchmark@NAME.
+StageName = Annotated[str, Field(pattern=f"^({'|'.join(STAGES)})(@.+)?$", examples=list(STAGES))]
+Force = bool
+StoreUrl = str | None
 
-RecipeName = Annotated[
-    str,
-    Field(
-        title="Recipe",
-        description="A shipped recipe's name, or the path of a YAML file as the worker sees it.",
-        pattern=f"^({'|'.join(map(re.escape, shipped_recipes()))}|{_FILE})$",
-        examples=shipped_recipes(),
-    ),
-]
-Overrides = Annotated[
-    list[Annotated[str, Field(pattern=override_pattern())]],
-    Field(
-        title="Overrides",
-        description="Settings on top of the recipe, each key.path=value: train.alpha=1.0",
-    ),
-]
-StageName = Annotated[
-    str,
-    Field(
-        description="A stage's name; a further SAE's features are features@LAYER, a benchmark's "
-        "stages generate@NAME and benchmark@NAME.",
-        pattern=f"^({'|'.join(STAGES)})(@.+)?$",
-        examples=list(STAGES),
-    ),
-]
-Force = Annotated[
-    bool,
-    Field(
-        title="Force",
-        description="Compute the selected stages anew, dropping what there is of them, a "
-        "training's checkpoints too; else what is done is reused and what was begun goes on.",
-    ),
-]
-StoreUrl = Annotated[
-    str | None,
-    Field(
-        title="Store",
-        description="A folder or s3://bucket/prefix; where left out, the worker's FPO_STORE, or "
-        "the recipe's.",
-    ),
-]
-ReportFolder = Annotated[
-    str | None,
-    Field(
-        title="Report folder",
-        description="Where the report goes on the worker; reports/RECIPE-METHOD where left out.",
-    ),
-]
+# Of the flow of a stage; Prefect shows what docstrings say of parameters.
+PARAMETERS = """Args:
+    recipe: a shipped recipe's name, or the path of a YAML file as the worker sees it.
+    overrides: settings on top of the recipe, each ``key.path=value``: ``train.alpha=1.0``.
+    force: compute the stage anew, dropping what there is of it, a training's checkpoints too;
+        else what is done is reused, and what was begun goes on.
+    store: a folder or ``s3://bucket/prefix``; where left out, the worker's ``FPO_STORE``, or the
+        recipe's.
+"""
 
 
 def run_name() -> str:

@@ -13,12 +13,11 @@ from flows.parameters import (
     Force,
     Overrides,
     RecipeName,
-    ReportFolder,
     StageName,
     StoreUrl,
     run_name,
 )
-from flows.pools import bring_about_elsewhere, cancel_children, refuse_endless_takeover
+from flows.pools import bring_about_on_pools, cancel_children, refuse_endless_takeover
 from tasks.announce import announce_report, announce_run, progress_shown, tag_run
 from tasks.benchmark import benchmark
 from tasks.evaluate import evaluate
@@ -48,9 +47,22 @@ def fpo_pipeline(
     only_stage: StageName | None = None,
     force: Force = False,
     store: StoreUrl = None,
-    report_folder: ReportFolder = None,
+    report_folder: str | None = None,
 ) -> dict[str, Outcome]:
-    """Run a recipe's stages; what exists already is reused."""
+    """Run a recipe's stages; what exists already is reused.
+
+    Args:
+        recipe: a shipped recipe's name, or the path of a YAML file as the worker sees it.
+        overrides: settings on top of the recipe, each ``key.path=value``: ``train.alpha=1.0``.
+        from_stage: bring about this stage and the later ones; earlier ones must be done.
+        only_stage: bring about this stage alone; its inputs must be done.
+        force: compute the selected stages anew, dropping what there is of them, a training's
+            checkpoints too.
+        store: a folder or ``s3://bucket/prefix``; where left out, the worker's ``FPO_STORE``, or
+            the recipe's.
+        report_folder: where the report goes on the worker; ``reports/RECIPE-METHOD`` where left
+            out.
+    """
     refuse_endless_takeover()
     run, stages = prepare_run(
         recipe, overrides, store, first=from_stage, only=only_stage, force=force
@@ -59,7 +71,7 @@ def fpo_pipeline(
     with run.recorded(stages):
         if run.recipe.resources.pools is not None and deployment.id:
             given = {"recipe": recipe, "overrides": overrides, "force": force, "store": store}
-            outcomes = bring_about_elsewhere(run, stages, given)
+            outcomes = bring_about_on_pools(run, stages, given, bring_about)
         else:
             outcomes = bring_about(run, stages)
         announce_run(outcomes)

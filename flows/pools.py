@@ -7,7 +7,7 @@ the store.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -41,6 +41,9 @@ WAITING = (StateType.SCHEDULED, StateType.PENDING)
 AT_WORK = (*WAITING, StateType.RUNNING, StateType.PAUSED)
 
 
+BringAbout = Callable[[PipelineRun, Sequence[str]], dict[str, Outcome]]
+
+
 class Stretch(NamedTuple):
     """Stages in a row that run on one pool."""
 
@@ -57,28 +60,38 @@ def stretches(stages: Sequence[str], pools: PoolSettings) -> list[Stretch]:
     return [Stretch(pool, tuple(group)) for pool, group in groupby(stages, pool_of)]
 
 
-def bring_about_elsewhere(
-    run: PipelineRun, stages: Sequence[str], given: Mapping[str, Any]
+def bring_about_on_pools(
+    run: PipelineRun, stages: Sequence[str], given: Mapping[str, Any], here: BringAbout
 ) -> dict[str, Outcome]:
     """Bring about some stages on the recipe's pools, stretch by stretch.
+
+    Those of the pool that this run is on itself are computed here: a run that waits for another on
+    its own pool would hold the place that the other needs.
 
     Args:
         run: the pipeline run.
         stages: their names, as planned.
         given: the parameters of the flow: recipe, overrides, force and store.
+        here: brings about stages in this process.
 
     Raises:
         FPOError: a child that did not complete, with its reason, or a deployment that is not there.
     """
     pools = run.recipe.resources.pools
     assert pools is not None
-    computed = {stage for stage in stages if run.missing(stage)}
+    outcomes: dict[str, Outcome] = {}
     with get_client(sync_client=True) as client:
+        own_pool = client.read_flow_run(UUID(flow_run.id)).work_pool_name
         for stretch in stretches(stages, pools):
-            _on_pool(client, stretch, given)
-    return {
-        stage: run.told(stage, "computed" if stage in computed else "reused") for stage in stages
-    }
+            if stretch.pool == own_pool:
+                outcomes |= here(run, stretch.stages)
+                continue
+            missing = {stage for stage in stretch.stages if run.missing(stage)}
+            if missing:  # else there is nothing to wait for a worker for
+                _on_pool(client, stretch, given)
+            for stage in stretch.stages:
+                outcomes[stage] = run.told(stage, "computed" if stage in missing else "reused")
+    return outcomes
 
 
 def _on_pool(client: SyncPrefectClient, stretch: Stretch, given: Mapping[str, Any]) -> None:

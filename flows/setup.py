@@ -8,6 +8,7 @@ of the workers, and nothing of either is kept on the server.
 import datetime as dt
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
+from prefect.workers.process import ProcessWorker
 
 from fpo_core.errors import FPOError
 from fpo_core.recipe.schema import PoolSettings
@@ -65,7 +67,8 @@ def set_up(*, kubernetes: bool = False, gpu_runs: int | None = None) -> Iterator
         yield _takeover(client)
 
 
-def connected() -> SyncPrefectClient:
+@contextmanager
+def connected() -> Iterator[SyncPrefectClient]:
     """A client of the server that ``PREFECT_API_URL`` names.
 
     Raises:
@@ -77,17 +80,18 @@ def connected() -> SyncPrefectClient:
     )
     if not url:
         raise FPOError(f"no Prefect server is named: {start}")
-    client = get_client(sync_client=True)
-    try:
-        version = client.api_version()
-    except (httpx.HTTPError, OSError) as error:
-        raise FPOError(f"no Prefect server answers at {url} ({error}): {start}") from error
-    if Version(version) < OLDEST_SERVER:
-        raise FPOError(
-            f"the Prefect server at {url} is version {version}, which is too old: install "
-            f"{OLDEST_SERVER} or newer where it runs (pip install -U prefect), and start it again"
-        )
-    return client
+    with get_client(sync_client=True) as client:
+        try:
+            version = client.api_version()
+        except (httpx.HTTPError, OSError) as error:
+            raise FPOError(f"no Prefect server answers at {url} ({error}): {start}") from error
+        if Version(version) < OLDEST_SERVER:
+            raise FPOError(
+                f"the Prefect server at {url} is version {version}, which is too old: install "
+                f"{OLDEST_SERVER} or newer where it runs (pip install -U prefect), and start it "
+                f"again"
+            )
+        yield client
 
 
 def _pool(client: SyncPrefectClient, name: str, about: str, kind: str) -> Done:
@@ -95,7 +99,10 @@ def _pool(client: SyncPrefectClient, name: str, about: str, kind: str) -> Done:
     try:
         there = client.read_work_pool(name)
     except ObjectNotFound:
-        template = _template(name) if kind == "kubernetes" else {}
+        # A pool without a template gets the worker's own at its start: two workers at once would
+        # write it at once, for which SQLite has no patience.
+        own = ProcessWorker.get_default_base_job_template()
+        template = _template(name) if kind == "kubernetes" else own
         made = WorkPoolCreate(name=name, description=about, type=kind, base_job_template=template)
         client.create_work_pool(made)
         return Done(what, "made", f"{kind}, {about}")

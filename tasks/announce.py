@@ -2,6 +2,8 @@
 
 import logging
 import re
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -68,7 +70,8 @@ def announce_report(run: PipelineRun, page: Path) -> None:
     """Keep the report with the run's record, and link it from the current flow run."""
     if FlowRunContext.get() is None:
         return
-    kept = run.keep_file(page)
+    with tempfile.TemporaryDirectory() as folder:  # what is kept is moved
+        kept = run.keep_file(Path(shutil.copy(page, folder)))
     url = f"{run.store.url.rstrip('/')}/{kept}"
     create_link_artifact(
         url if "://" in url else Path(url).expanduser().absolute().as_uri(),

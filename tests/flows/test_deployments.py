@@ -1,5 +1,6 @@
 """prefect.yaml: every deployment names a flow that is there, with parameters that it takes."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,24 +8,66 @@ import yaml
 from prefect import Flow
 from prefect.flows import load_flow_from_entrypoint
 
+from flows.checkout import enter
+from flows.parameters import run_name
+from fpo_core.errors import FPOError
 from fpo_core.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 
 
-@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda deployment: deployment["name"])
-def test_a_deployment_is_of_a_flow_and_a_recipe(deployment, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def name_of(deployment: dict) -> str:
+    return f"{deployment['entrypoint']}/{deployment['name']}"
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=name_of)
+def test_a_deployment_is_of_a_flow_and_a_recipe(deployment):
     flow = load_flow_from_entrypoint(deployment["entrypoint"])
     assert isinstance(flow, Flow)
-    assert flow.name == "fpo-pipeline"
+    assert flow.name == deployment["entrypoint"].rpartition(".")[2].replace("_", "-")
+    assert deployment["work_pool"]["name"] in ("fpo-cpu", "fpo-h100")
+    if flow.name == "fpo-stages":  # by the pool: whoever hands stages over says of which recipe
+        assert deployment["name"] == deployment["work_pool"]["name"]
+        return
     flow.validate_parameters(deployment["parameters"])
     assert load_recipe(deployment["parameters"]["recipe"]).name == deployment["name"]
-    assert deployment["work_pool"]["name"] in ("fpo-cpu", "fpo-h100")
 
 
-def test_every_parameter_of_the_flow_is_described():
-    flow = load_flow_from_entrypoint(f"{ROOT}/flows/pipeline.py:fpo_pipeline")
-    schema = flow.parameters.model_dump()["properties"]
-    assert [name for name, field in schema.items() if not field.get("description")] == []
+def test_a_stages_flow_for_each_pool_that_a_recipe_names():
+    names = {name_of(one) for one in DEPLOYMENTS if one["entrypoint"].endswith("fpo_stages")}
+    pools = load_recipe("gemma2b").resources.pools
+    assert pools is not None
+    assert names == {f"flows.stages.fpo_stages/{pool}" for pool in (pools.cpu, pools.gpu)}
+
+
+def test_a_run_begins_in_the_folder_that_the_worker_was_given(monkeypatch, tmp_path):
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("FPO_CHECKOUT", str(tmp_path))
+    assert enter() == {"directory": str(tmp_path)}
+    assert Path.cwd() == tmp_path
+    monkeypatch.delenv("FPO_CHECKOUT")
+    enter()
+    assert (Path.cwd() / "prefect.yaml").is_file()
+    monkeypatch.setenv("FPO_CHECKOUT", str(tmp_path / "gone"))
+    with pytest.raises(FPOError, match=r"FPO_CHECKOUT=.*gone is no folder on this worker"):
+        enter()
+    os.chdir(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("flow", "given", "name"),
+    [
+        ("fpo-pipeline", {"recipe": "gemma2b", "overrides": ["train.method=dpo"]}, "gemma2b dpo"),
+        ("fpo-features", {"recipe": "quickstart"}, "features quickstart fpo"),
+        ("fpo-stages", {"recipe": "gemma2b", "stages": ["train", "evaluate"]},
+         "train evaluate gemma2b fpo"),
+        ("fpo-pipeline", {"recipe": "gemma2b", "overrides": ["train.method=no"]}, "gemma2b"),
+    ],
+)  # fmt: skip
+def test_a_runs_name_says_what_it_is(monkeypatch, flow, given, name):
+    class Runtime:
+        flow_name, parameters = flow, given
+
+    monkeypatch.setattr("flows.parameters.flow_run", Runtime)
+    assert run_name() == name
