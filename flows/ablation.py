@@ -134,9 +134,10 @@ class _Processes:
         last: list[str] = []
         if process is not None:
             assert process.stderr is not None
-            for line in process.stderr:
-                last = [*last[-SHOWN_LINES:], line.rstrip()]
-                log.info("[%s] %s", one.cell.name, line.rstrip())
+            with process.stderr as lines:
+                for line in lines:
+                    last = [*last[-SHOWN_LINES:], line.rstrip()]
+                    log.info("[%s] %s", one.cell.name, line.rstrip())
             with self._lock:
                 self._running.discard(process)
         code = process.wait() if process else 130

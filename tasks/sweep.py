@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fpo_core.errors import FPOError
+from fpo_core.errors import UsageError
 from fpo_core.recipe.sweep import Cell, cells_of_grid, cells_of_preset, load_preset, parse_grid
 from storage.store import Store
 from tasks.estimate import Estimates, WhatIf, estimate_plan
@@ -72,10 +72,11 @@ def plan_sweep(
         store: the store's URL; ``FPO_STORE``'s or the recipe's where it is None.
 
     Raises:
-        FPOError: no axis and no preset, or both; a cell that is no recipe; a source is missing.
+        UsageError: no axis and no preset, or both; a cell that is no recipe.
+        FPOError: a model, SAE or data file is missing.
     """
     if bool(grid) == (preset is not None):
-        raise FPOError("give --grid KEY.PATH=VALUE,VALUE (it can be repeated), or --preset NAME")
+        raise UsageError("give --grid KEY.PATH=VALUE,VALUE (it can be repeated), or --preset NAME")
     if preset is None:
         title, paper = f"Sweep of {recipe}", ()
         cells = cells_of_grid(recipe, overrides, parse_grid(grid))

@@ -268,7 +268,7 @@ class _OldServer(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b'"2.19.0"')
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):
         pass
 
 
