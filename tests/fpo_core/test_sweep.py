@@ -78,7 +78,7 @@ def test_the_papers_sweeps_are_valid_on_gemma2b(name):
     preset = load_preset(name)
     cells = cells_of_preset("gemma2b", [], preset)
     assert len({cell.name for cell in cells}) == len(cells) > 1
-    assert len({cell.recipe for cell in cells}) == len(cells)
+    assert len({cell.recipe.model_dump_json() for cell in cells}) == len(cells)
     if preset.of:
         with pytest.raises(RecipeError, match="names SAEs of gemma2b"):
             cells_of_preset("quickstart", [], preset)
