@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from cli.bench import app as bench_app
+from cli.cache import app as cache_app
 from cli.compare import compare
 from cli.prefect import app as prefect_app
 from cli.sae import app as sae_app
@@ -37,6 +38,7 @@ Examples:
   fpo run quickstart --only features --force  one stage by itself
   fpo plan gemma2b                            what would run, before it runs
   fpo store ls                                what is stored
+  fpo cache features quickstart               what tells chosen from rejected
   fpo report quickstart                       the report of a finished run
   fpo compare quickstart gemma2b              finished runs against each other
   fpo sweep quickstart --grid train.alpha=0.1,0.5,1     a run each, over the same caches
@@ -243,6 +245,7 @@ app.add_typer(store_app, name="store")
 app.add_typer(sae_app, name="sae")
 app.add_typer(bench_app, name="bench")
 app.add_typer(prefect_app, name="prefect")
+app.add_typer(cache_app, name="cache")
 
 
 def main(arguments: list[str] | None = None) -> None:

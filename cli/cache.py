@@ -1,0 +1,327 @@
+"""``fpo cache``: browse stored feature caches in a terminal."""
+
+import io
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import polars as pl
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from cli.store import AsJson, StoreUrl
+
+app = typer.Typer(
+    help="Browse stored feature caches: which features tell chosen from rejected, and where they "
+    "fire.",
+    no_args_is_help=True, rich_markup_mode=None,
+)  # fmt: skip
+
+Cache = Annotated[
+    str,
+    typer.Argument(metavar="CACHE", help="features/VERSION, its start, or a recipe's name."),
+]
+AsParquet = Annotated[
+    Path | None,
+    typer.Option("--parquet", metavar="FILE", help="Write the table there instead; - for stdout."),
+]
+SHADES = ("", "on grey15", "on grey23", "on dark_green", "on green4")  # by strength
+
+
+@app.command("ls")
+def ls(store: StoreUrl = None, as_json: AsJson = False) -> None:
+    """List the feature caches of a store."""
+    from cli.show import new_table, print_json
+    from explorer import open_store
+
+    opened = open_store(store)
+    caches = opened.caches()
+    if as_json:
+        print_json(caches)
+        return
+    table = new_table("artifact", "rows", "size", "recipes")
+    for info in caches:
+        table.add_row(info.name, f"{info.rows or 0:,}", _size(info.bytes), ", ".join(info.refs))
+    Console().print(table if caches else "no feature cache here; `fpo run quickstart` makes one")
+
+
+@app.command("features")
+def features(
+    cache: Cache,
+    sort: Annotated[
+        str,
+        typer.Option(
+            help="difference (chosen less rejected), change (its size), ratio (how one-sided), "
+            "density, mean, max or feature."
+        ),
+    ] = "difference",
+    ascending: Annotated[bool, typer.Option("--ascending", help="Smallest first.")] = False,
+    min_density: Annotated[float, typer.Option(min=0, max=1, help="Share of tokens.")] = 0.0,
+    max_density: Annotated[float, typer.Option(min=0, max=1, help="Share of tokens.")] = 1.0,
+    search: Annotated[str, typer.Option(help="In labels, or an index.")] = "",
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Rows.")] = 20,
+    store: StoreUrl = None,
+    as_json: AsJson = False,
+    parquet: AsParquet = None,
+) -> None:
+    """The features of a cache, in some order.
+
+    \b
+    Examples:
+      fpo cache features quickstart                       what is stronger in chosen responses
+      fpo cache features quickstart --ascending           what is stronger in rejected ones
+      fpo cache features quickstart --sort ratio --min-density 0.001 -n 50
+      fpo cache features quickstart -n 100000 --parquet features.parquet
+    """
+    from explorer import open_store
+    from explorer.features import FeatureQuery, feature_table
+    from explorer.labels import Labels
+
+    opened = open_store(store)
+    found = opened.features(cache)
+    query = FeatureQuery(sort, not ascending, min_density, max_density, search, 0, limit)
+    page = feature_table(found, query, Labels(opened.store, found.sae))
+    title = f"{found.name}: {page.total:,} features of {found.sae.d_sae:,}"
+    _give(page.rows, title, as_json=as_json, parquet=parquet)
+
+
+@app.command("feature")
+def feature(
+    cache: Cache,
+    number: Annotated[int, typer.Argument(metavar="FEATURE", help="Its index in the SAE.")],
+    examples: Annotated[int, typer.Option("--examples", "-n", min=0, help="Shown.")] = 5,
+    store: StoreUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """One feature: statistics, distribution over responses, and where it fires most.
+
+    \b
+    Example:
+      fpo cache feature quickstart 849
+    """
+    from cli.show import print_json
+    from explorer import open_store
+    from explorer.features import feature_view
+    from explorer.index import open_index
+    from explorer.labels import Labels
+
+    opened = open_store(store)
+    found = opened.features(cache)
+    labels = Labels(opened.store, found.sae)
+    view = feature_view(found, open_index(found), number, examples, labels)
+    if as_json:
+        histogram = {name: value for name, value in view.histogram._asdict().items()}
+        shown = {name: getattr(v, "tolist", lambda v=v: v)() for name, v in histogram.items()}
+        print_json({**view._asdict(), "histogram": shown})
+        return
+    console = Console()
+    console.print(
+        Text(f"feature {number} of {found.name}" + (f": {view.label}" * bool(view.label)))
+    )
+    stats = view.stats
+    console.print(
+        f"density {stats['density']:.2%}, mean {stats['mean']:.3g}, max {stats['max']:.3g}; mean of "
+        f"responses {stats['mean_chosen']:.3g} chosen, {stats['mean_rejected']:.3g} rejected",
+        highlight=False,
+    )
+    if page := found.sae.neuronpedia_url(number):
+        console.print(page)
+    _print_histogram(console, view.histogram)
+    if found.detokenizer.note:
+        console.print(found.detokenizer.note, highlight=False)
+    for example in view.examples:
+        line = Text(f"{example.value:6.1f}  {example.side} of {example.pair_id}  ", style="bold")
+        console.print(line + _shaded(example.pieces, example.value, example.position))
+    tokens = ", ".join(f"{text.strip() or text!r} {count}" for text, count, _ in view.top_tokens)
+    console.print(Text(f"at the tokens: {tokens}"))
+
+
+@app.command("pairs")
+def pairs(
+    cache: Cache,
+    offset: Annotated[int, typer.Option(min=0, help="Begin with this one.")] = 0,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Rows.")] = 20,
+    store: StoreUrl = None,
+    as_json: AsJson = False,
+    parquet: AsParquet = None,
+) -> None:
+    """The pairs of a cache."""
+    from explorer import open_store
+    from explorer.index import open_index
+    from explorer.pairs import pair_list
+
+    found = open_store(store).features(cache)
+    rows = pair_list(found, open_index(found), offset, limit)
+    frame = pl.DataFrame([row._asdict() for row in rows])
+    _give(frame, f"{found.name}: {found.n_pairs:,} pairs", as_json=as_json, parquet=parquet)
+
+
+@app.command("pair")
+def pair(
+    cache: Cache,
+    pair_id: Annotated[str, typer.Argument(metavar="PAIR", help="16 hex digits.")],
+    shade: Annotated[
+        int | None, typer.Option("--feature", metavar="FEATURE", help="Shade tokens by it.")
+    ] = None,
+    store: StoreUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """One pair: prompt, both responses, and the features in which they differ most."""
+    from cli.show import new_table, print_json
+    from explorer import open_store
+    from explorer.index import open_index
+    from explorer.labels import Labels
+    from explorer.pairs import pair_view
+
+    opened = open_store(store)
+    found = opened.features(cache)
+    labels = Labels(opened.store, found.sae)
+    view = pair_view(found, open_index(found), pair_id, shade, labels)
+    if as_json:
+        print_json(view)
+        return
+    console = Console()
+    left_out = f"({view.prompt_left_out} tokens before) " if view.prompt_left_out else ""
+    console.print(Text("prompt    ", style="bold") + Text(left_out + "".join(view.prompt)))
+    top = max([piece.value for piece in (*view.chosen, *view.rejected)], default=0.0)
+    for name, pieces in (("chosen", view.chosen), ("rejected", view.rejected)):
+        console.print(Text(f"{name:<10}", style="bold") + _shaded(pieces, top, None))
+    table = new_table("feature", "label", "chosen", "rejected", "difference")
+    for one in view.differing:
+        numbers = (f"{value:.2f}" for value in (one.chosen, one.rejected, one.difference))
+        table.add_row(str(one.feature), Text(one.label), *numbers)
+    console.print(table)
+
+
+@app.command("diff")
+def diff(
+    one: Annotated[str, typer.Argument(metavar="A", help="A cache.")],
+    other: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Rows.")] = 20,
+    store: StoreUrl = None,
+    as_json: AsJson = False,
+    parquet: AsParquet = None,
+) -> None:
+    """Two caches: of one SAE how its features changed; of two, on one set of pairs, which match."""
+    from explorer import open_store
+    from explorer.diff import diff_caches, match_features
+    from explorer.index import open_index
+
+    opened = open_store(store)
+    a, b = opened.features(one), opened.features(other)
+    if a.sae.identity == b.sae.identity:
+        frame, title = diff_caches(a, b), f"{b.name} against {a.name}"
+    else:
+        frame = match_features(a, b, open_index(a), open_index(b))
+        title = f"features of {b.name} that fire like those of {a.name}"
+    whole = parquet is not None
+    _give(frame if whole else frame.head(limit), title, as_json=as_json, parquet=parquet)
+
+
+@app.command("label")
+def label(
+    cache: Cache,
+    number: Annotated[
+        int | None, typer.Argument(metavar="FEATURE", help="Its index.", show_default=False)
+    ] = None,
+    text: Annotated[
+        str | None, typer.Argument(help="What to call it; empty: nothing.", show_default=False)
+    ] = None,
+    neuronpedia: Annotated[
+        Path | None, typer.Option("--import", metavar="FILE", help="Neuronpedia's export.")
+    ] = None,
+    store: StoreUrl = None,
+) -> None:
+    """Name a feature, or take over Neuronpedia's explanations; kept in the store.
+
+    \b
+    Examples:
+      fpo cache label quickstart 849 "money owed"
+      fpo cache label gemma2b --import gemma-2-2b_25-gemmascope-res-16k.jsonl.gz
+    """
+    from explorer import open_store
+    from explorer.labels import Labels
+    from fpo_core.errors import UsageError
+
+    if (neuronpedia is None) == (number is None or text is None):
+        raise UsageError("give FEATURE and TEXT, or --import FILE")
+    opened = open_store(store)
+    found = opened.features(cache)
+    labels = Labels(opened.store, found.sae)
+    if neuronpedia is not None:
+        print(f"{labels.import_neuronpedia(neuronpedia):,} labels taken, {len(labels):,} there are")
+        return
+    assert number is not None
+    found.check_feature(number)
+    labels.set(number, text or "")
+    print(f"{number}: {labels.text(number) or '(no label)'}")
+
+
+@app.command("group")
+def group(
+    features: Annotated[list[int], typer.Argument(metavar="FEATURE...", help="Indices.")],
+    name: Annotated[str, typer.Option(help="Of the group.")] = "group",
+    weight: Annotated[float, typer.Option(min=0, help="In the constraint; 0: measured.")] = 1.0,
+) -> None:
+    """A feature group as the lines of a recipe that hold it."""
+    from explorer.group import group_yaml
+
+    print(group_yaml(features, name, weight), end="")
+
+
+def _give(frame: pl.DataFrame, title: str, *, as_json: bool, parquet: Path | None) -> None:
+    """A table as the person wants it."""
+    from cli.show import new_table, print_json
+
+    if parquet is not None:
+        if str(parquet) == "-":
+            buffer = io.BytesIO()
+            frame.write_parquet(buffer)
+            sys.stdout.buffer.write(buffer.getvalue())
+        else:
+            frame.write_parquet(parquet)
+        return
+    if as_json:
+        print_json(frame.to_dicts())
+        return
+    table = new_table(*frame.columns)
+    for row in frame.iter_rows():
+        table.add_row(*(Text(_cell(value)) for value in row))
+    console = Console()
+    console.print(Text(title))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _shaded(pieces: Any, top: float, marked: int | None) -> Text:
+    """Tokens on a background that says how strong the feature is at each."""
+    line = Text()
+    for piece in pieces:
+        share = piece.value / top if top > 0 else 0.0
+        shade = SHADES[min(len(SHADES) - 1, int(share * len(SHADES)) if share > 0 else 0)]
+        bold = "bold " if piece.position == marked else ""
+        line.append(piece.text, style=(bold + shade).strip() or None)
+    return line
+
+
+def _print_histogram(console: Console, histogram: Any) -> None:
+    top = max(1, int(histogram.chosen.max()), int(histogram.rejected.max()))
+    blocks = " ▁▂▃▄▅▆▇█"
+    for name, counts, without in zip(
+        ("chosen", "rejected"), (histogram.chosen, histogram.rejected), histogram.without,
+        strict=True,
+    ):  # fmt: skip
+        bars = "".join(blocks[-(-int(count) * (len(blocks) - 1) // top)] for count in counts)
+        console.print(
+            f"{name:<9}0 {bars} {histogram.edges[-1]:.3g}   not in {without:,}", highlight=False
+        )
+
+
+def _size(count: int) -> str:
+    from tasks.run import human_bytes
+
+    return human_bytes(count)

@@ -1,0 +1,126 @@
+"""Pairs of a cache: prompt, both responses by token, and the features in which they differ."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from explorer.cache import FeatureCache
+from explorer.features import TokenPiece, pair_columns, token_values
+from explorer.index import FeatureIndex
+from explorer.labels import Labels
+
+DIFFERING = 20
+PROMPT_END = 40  # tokens of a prompt in the list, its last ones
+SHOWN_PROMPT = 400  # tokens of a prompt that are shown, its last ones
+
+
+class PairRow(NamedTuple):
+    """One line of the list."""
+
+    pair_id: str
+    prompt: str
+    chosen_tokens: int
+    rejected_tokens: int
+
+
+class Differing(NamedTuple):
+    """A feature whose means differ between the responses."""
+
+    feature: int
+    label: str
+    chosen: float
+    rejected: float
+
+    @property
+    def difference(self) -> float:
+        """Chosen less rejected."""
+        return self.chosen - self.rejected
+
+
+class PairView(NamedTuple):
+    """What there is to see of a pair."""
+
+    pair_id: str
+    split: str
+    source: str
+    prompt: tuple[str, ...]
+    prompt_left_out: int  # tokens before those that are shown
+    chosen: tuple[TokenPiece, ...]
+    rejected: tuple[TokenPiece, ...]
+    differing: tuple[Differing, ...]
+
+
+def pair_list(cache: FeatureCache, index: FeatureIndex, offset: int, limit: int) -> list[PairRow]:
+    """Some pairs, in the order of the tables."""
+    rows = []
+    for number in range(offset, min(offset + limit, cache.n_pairs)):
+        found = pair_columns(cache, index, number, ["pair_id", "prompt_ids"])
+        lengths = (int(index.lengths[2 * number + side]) for side in (0, 1))
+        rows.append(
+            PairRow(found["pair_id"], cache.detokenizer.text(found["prompt_ids"]), *lengths)
+        )
+    return rows  # fmt: skip
+
+
+def pair_view(
+    cache: FeatureCache, index: FeatureIndex, pair_id: str, feature: int | None = None,
+    labels: Labels | None = None,
+) -> PairView:  # fmt: skip
+    """What there is to see of a pair.
+
+    Args:
+        cache: the cache.
+        index: its index.
+        pair_id: the pair.
+        feature: whose activations the tokens carry; None: of none.
+        labels: names of features.
+
+    Raises:
+        NotThere: no such pair, or no such feature.
+    """
+    number = index.pair_number(pair_id)
+    if feature is not None:
+        cache.check_feature(feature)
+    columns = ["split", "source", "prompt_ids", "chosen_ids", "rejected_ids"]
+    pair = pair_columns(cache, index, number, columns)
+    prompt = pair["prompt_ids"]
+    shown = prompt[-SHOWN_PROMPT:]
+
+    def response(side: int, ids: list[int]) -> tuple[TokenPiece, ...]:
+        values = {} if feature is None else token_values(cache, index, 2 * number + side, feature)
+        pieces = cache.detokenizer.pieces(ids)
+        return tuple(
+            TokenPiece(piece, values.get(place, 0.0), place) for place, piece in enumerate(pieces)
+        )
+
+    return PairView(
+        pair_id,
+        pair["split"],
+        pair["source"],
+        tuple(cache.detokenizer.pieces(shown)),
+        len(prompt) - len(shown),
+        response(0, pair["chosen_ids"]),
+        response(1, pair["rejected_ids"]),
+        _differing(cache, index, number, labels),
+    )
+
+
+def _differing(
+    cache: FeatureCache, index: FeatureIndex, number: int, labels: Labels | None
+) -> tuple[Differing, ...]:
+    """The features whose pooled values differ most; one that is not stored reads as 0."""
+    shard, place = index.shard_of(2 * number)
+    with pq.ParquetFile(cache.artifact.shard_path(shard, "pooled")) as file:
+        table = file.read(columns=["indices", "values"]).slice(place, 2)
+    sides = []
+    for indices, values in zip(table["indices"], table["values"], strict=True):
+        dense = np.zeros(cache.sae.d_sae, dtype=np.float32)
+        dense[np.asarray(indices.values)] = np.asarray(values.values)
+        sides.append(dense)
+    order = np.argsort(-np.abs(sides[0] - sides[1]), kind="stable")[:DIFFERING]
+    return tuple(
+        Differing(int(one), labels.text(one) if labels else "", float(sides[0][one]),
+                  float(sides[1][one]))
+        for one in order if sides[0][one] != sides[1][one]
+    )  # fmt: skip
