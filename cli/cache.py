@@ -116,13 +116,12 @@ def feature(
         print_json({**view._asdict(), "histogram": shown})
         return
     console = Console()
-    console.print(
-        Text(f"feature {number} of {found.name}" + (f": {view.label}" * bool(view.label)))
-    )
+    called = f": {view.label}" if view.label else ""
+    console.print(Text(f"feature {number} of {found.name}{called}"))
     stats = view.stats
     console.print(
-        f"density {stats['density']:.2%}, mean {stats['mean']:.3g}, max {stats['max']:.3g}; mean of "
-        f"responses {stats['mean_chosen']:.3g} chosen, {stats['mean_rejected']:.3g} rejected",
+        f"density {stats['density']:.2%}, mean {stats['mean']:.3g}, max {stats['max']:.3g}; "
+        f"of responses {stats['mean_chosen']:.3g} chosen, {stats['mean_rejected']:.3g} rejected",
         highlight=False,
     )
     if page := found.sae.neuronpedia_url(number):

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from cli.bench import app as bench_app
+from cli.browse import browse
 from cli.cache import app as cache_app
 from cli.compare import compare
 from cli.prefect import app as prefect_app
@@ -239,6 +240,7 @@ def make_tiny_gemma(
     logging.getLogger("fpo").info("made       %s", folder)
 
 
+app.command()(browse)
 app.command()(compare)
 app.command()(sweep)
 app.add_typer(store_app, name="store")

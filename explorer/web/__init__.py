@@ -1,0 +1,1 @@
+"""The explorer's pages: rendered on the server, each view a URL."""

@@ -1,0 +1,280 @@
+"""``fpo browse``: artifacts, features, pairs and what training moved, as pages.
+
+Everything of a view is in its URL. Text from data is escaped by the templates and made visible by
+``explorer.text``; the pages load nothing but this server's own style, script and charts.
+"""
+
+import secrets
+import threading
+from collections.abc import Awaitable, Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import parse_qs, urlsplit
+
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.staticfiles import StaticFiles
+from fastapi.templating import Jinja2Templates
+from jinja2 import Environment, FileSystemLoader
+from starlette.concurrency import run_in_threadpool
+
+from explorer.cache import FeatureCache
+from explorer.errors import NotReadable, NotThere
+from explorer.features import SORTS, FeatureQuery, feature_table, feature_view
+from explorer.group import group_yaml
+from explorer.index import FeatureIndex, has_index, open_index
+from explorer.labels import Labels
+from explorer.moved import moved_features
+from explorer.pairs import pair_list, pair_view
+from explorer.store import ExploredStore
+from explorer.text import visible
+from explorer.web.charts import histogram_svg
+from fpo_core.errors import FPOError, UsageError
+from storage.catalog import find_artifact
+from storage.errors import ArtifactMissing, StoreError
+from storage.lineage import ancestors, descendants
+
+HERE = Path(__file__).parent
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
+    "img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+COOKIE = "fpo-browse"
+ROWS, PAIRS = 50, 25
+INLINE_ROWS = 20_000  # of pooled: an index of so many is made while the page waits
+MOVED = 60
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Indexing(FPOError):
+    """The index of a cache is being made; the page comes by itself."""
+
+
+class Opened:
+    """Caches and indexes that were looked at, a few of them kept.
+
+    Args:
+        store: the store.
+    """
+
+    def __init__(self, store: ExploredStore) -> None:
+        self.store = store
+        self.cache = lru_cache(maxsize=8)(store.features)
+        self._index = lru_cache(maxsize=8)(open_index)
+        self._making: dict[str, threading.Thread] = {}
+
+    def labels(self, cache: FeatureCache) -> Labels:
+        """Read anew: somebody else may have named a feature."""
+        return Labels(self.store.store, cache.sae)
+
+    def index(self, cache: FeatureCache) -> FeatureIndex:
+        """The index; that of a large cache is made in a thread of its own.
+
+        Raises:
+            Indexing: it is not made yet.
+        """
+        small = int(cache.artifact.manifest["rows"]) <= INLINE_ROWS
+        if small or has_index(cache):
+            return self._index(cache)
+        thread = self._making.get(cache.name)
+        if thread is None or not thread.is_alive():
+            thread = threading.Thread(target=open_index, args=(cache,), daemon=True)
+            self._making[cache.name] = thread
+            thread.start()
+        raise Indexing(f"the index of {cache.name} is being made, once; it takes up to minutes")
+
+
+def make_app(store: ExploredStore, hosts: frozenset[str], token: str | None = None) -> FastAPI:
+    """The pages over a store.
+
+    Args:
+        store: read-only but for labels.
+        hosts: names that the server may be called by; others are answered with an error, so that
+            no page elsewhere can read this one through a name of its own.
+        token: asked for once in the URL, then kept in a cookie; None: nobody is asked.
+    """
+    app = FastAPI(title="fpo browse", docs_url=None, redoc_url=None, openapi_url=None)
+    app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
+    # By default only names that end in .html are escaped.
+    loader = FileSystemLoader(HERE / "templates")
+    templates = Jinja2Templates(env=Environment(loader=loader, autoescape=True))
+    templates.env.filters |= {"number": _number, "visible": visible}
+    templates.env.globals["sorts"] = SORTS
+    templates.env.globals["store_name"] = _store_name(store)
+    opened = Opened(store)
+
+    def page(request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
+        return templates.TemplateResponse(request, f"{name}.html.j2", values, status_code=status)
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next: Handler) -> Response:
+        host = request.headers.get("host", "").rsplit(":", 1)[0].strip("[]")
+        if host not in hosts:
+            return Response("this server is not called so", 421)
+        if token is not None and not _is_known(request, token):
+            return page(request, "error", 403, title="Not allowed", text="Open the address that "
+                        "`fpo browse` printed: it has the token.")  # fmt: skip
+        response = await call_next(request)
+        response.headers.update(HEADERS)
+        if token is not None and COOKIE not in request.cookies:
+            response.set_cookie(COOKIE, token, httponly=True, samesite="strict")
+        return response
+
+    @app.exception_handler(FPOError)
+    @app.exception_handler(StoreError)
+    async def failed(request: Request, error: Exception) -> Response:
+        status, title = _status(error)
+        # No page tells where on this machine the store is.
+        text = str(error).replace(store.store.url, _store_name(store))
+        shown = page(request, "error", status, title=title, text=text)
+        if isinstance(error, Indexing):
+            shown.headers["Refresh"] = "3"
+        return shown
+
+    @app.get("/")
+    def start(request: Request) -> Response:
+        infos = sorted(store.artifacts(), key=lambda one: one.created or "", reverse=True)
+        caches = [one for one in infos if one.stage == "features" and one.state == "complete"]
+        return page(request, "start", infos=infos, caches=caches)
+
+    @app.get("/artifact/{stage}/{version}")
+    def artifact(request: Request, stage: str, version: str) -> Response:
+        try:
+            info = find_artifact(store.store, f"{stage}/{version}")
+        except ArtifactMissing as error:
+            raise NotThere(str(error)) from error
+        infos = store.artifacts()
+        found = None
+        if info.state == "complete":
+            found = store.store.artifact(info.stage, info.version).manifest
+        return page(
+            request, "artifact", info=info, manifest=found,
+            above=ancestors(info.name, infos), below=descendants(info.name, infos),
+        )  # fmt: skip
+
+    @app.get("/cache/{name}")
+    def features(
+        request: Request, name: str, sort: str = "difference", ascending: bool = False,
+        min_density: float = 0.0, max_density: float = 1.0, search: str = "",
+        offset: Annotated[int, Query(ge=0)] = 0,
+    ) -> Response:  # fmt: skip
+        cache = opened.cache(name)
+        query = FeatureQuery(sort, not ascending, min_density, max_density, search, offset, ROWS)
+        table = feature_table(cache, query, opened.labels(cache))
+        return page(request, "features", cache=cache, query=query, table=table, rows=ROWS)
+
+    @app.get("/cache/{name}/feature/{number}")
+    def feature(request: Request, name: str, number: int) -> Response:
+        cache = opened.cache(name)
+        view = feature_view(cache, opened.index(cache), number, 10, opened.labels(cache))
+        return page(request, "feature", cache=cache, view=view,
+                    neuronpedia=cache.sae.neuronpedia_url(number))  # fmt: skip
+
+    @app.get("/cache/{name}/feature/{number}/histogram.svg")
+    def histogram(name: str, number: int) -> Response:
+        cache = opened.cache(name)
+        cache.check_feature(number)
+        svg = _drawn(opened, name, number)
+        return Response(svg, media_type="image/svg+xml", headers={"Cache-Control": "max-age=3600"})
+
+    @app.post("/cache/{name}/feature/{number}/label")
+    async def label(request: Request, name: str, number: int) -> Response:
+        origin = request.headers.get("origin")
+        if origin is None or urlsplit(origin).netloc != request.headers.get("host"):
+            raise UsageError("labels are given on this page only")
+        body = (await request.body())[:4096].decode("utf-8", "replace")
+        text = parse_qs(body, keep_blank_values=True).get("text", [""])[0]
+
+        def change() -> None:
+            cache = opened.cache(name)
+            cache.check_feature(number)
+            opened.labels(cache).set(number, text)
+
+        await run_in_threadpool(change)
+        return RedirectResponse(f"/cache/{name}/feature/{number}", 303)
+
+    @app.get("/cache/{name}/pairs")
+    def pairs(
+        request: Request, name: str, offset: Annotated[int, Query(ge=0)] = 0
+    ) -> Response:  # fmt: skip
+        cache = opened.cache(name)
+        rows = pair_list(cache, opened.index(cache), offset, PAIRS)
+        return page(request, "pairs", cache=cache, pairs=rows, offset=offset, rows=PAIRS)
+
+    @app.get("/cache/{name}/pair/{pair_id}")
+    def pair(
+        request: Request, name: str, pair_id: str, feature: int | None = None
+    ) -> Response:  # fmt: skip
+        cache = opened.cache(name)
+        view = pair_view(cache, opened.index(cache), pair_id, feature, opened.labels(cache))
+        pieces = (*view.chosen, *view.rejected)
+        top = max((piece.value for piece in pieces), default=0.0)
+        return page(request, "pair", cache=cache, view=view, feature=feature, top=top)
+
+    @app.get("/cache/{name}/group")
+    def group(
+        request: Request, name: str, features: str = "", called: str = "group", weight: float = 1.0
+    ) -> Response:  # fmt: skip
+        cache = opened.cache(name)
+        chosen = _numbers(features)
+        for one in chosen:
+            cache.check_feature(one)
+        text = group_yaml(chosen, called, weight) if chosen else ""
+        labels = opened.labels(cache)
+        named = [(one, labels.text(one)) for one in chosen]
+        return page(request, "group", cache=cache, chosen=named, called=called, weight=weight,
+                    text=text)  # fmt: skip
+
+    @app.get("/training/{version}")
+    def training(request: Request, version: str) -> Response:
+        moved = moved_features(store, version)
+        return page(request, "training", moved=moved, rows=moved.rows.head(MOVED).to_dicts())
+
+    return app
+
+
+def _drawn(opened: Opened, name: str, number: int) -> str:
+    cache = opened.cache(name)
+    view = feature_view(cache, opened.index(cache), number, 0)
+    return histogram_svg(view.histogram)
+
+
+def _is_known(request: Request, token: str) -> bool:
+    given = request.query_params.get("token") or request.cookies.get(COOKIE) or ""
+    return secrets.compare_digest(given.encode(), token.encode())
+
+
+def _status(error: Exception) -> tuple[int, str]:
+    if isinstance(error, NotThere):
+        return 404, "Not here"
+    if isinstance(error, NotReadable):
+        return 409, "Cannot be shown"
+    if isinstance(error, UsageError):
+        return 400, "Not understood"
+    if isinstance(error, Indexing):
+        return 503, "One moment"
+    return 503, "The store does not answer"
+
+
+def _numbers(text: str) -> list[int]:
+    found = []
+    for part in filter(None, text.replace(",", " ").split()):
+        if not part.isdigit():
+            raise UsageError(f"{part[:40]!r} is no feature's number")
+        found.append(int(part))
+    return found
+
+
+def _store_name(store: ExploredStore) -> str:
+    """The store without the machine's folders."""
+    url = store.store.url
+    return url if "://" in url else Path(url).name
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
