@@ -74,7 +74,7 @@ def test_a_request_goes_out_as_openai_has_it_and_the_reply_comes_back_whole(cach
     assert reply.top_logprobs == ((("m", -0.1), ("M", -2.5)), ((".", 0.0),))
     assert (reply.prompt_tokens, reply.reply_tokens) == (11, 7)
     assert judged.counts == (1, 0, 1, 0, 11, 7)
-    assert again == (judged.replies, {}, (1, 1, 0, 0, 0, 0))
+    assert again[:3] == (judged.replies, {}, (1, 1, 0, 0, 0, 0))
     assert len(server.asked) == 1
 
 
