@@ -266,6 +266,58 @@ def test_one_bad_request_is_told_and_counted(cache, caplog):
     assert "1 of 4 requests got no answer; the first, question 1: status 400" in caplog.text
 
 
+def takes_no(settings, asked):
+    """As OpenAI's reasoning models answer."""
+    for setting, code in settings.items():
+        if setting in asked.body:
+            return fail(400, f"'{setting}' is not supported", code=code, param=setting)
+    return say("[[5]]")
+
+
+def test_settings_that_a_model_declines_are_left_out_and_told(cache, caplog):
+    settings = {"max_tokens": "unsupported_parameter", "temperature": "unsupported_value"}
+    with judging(lambda asked: takes_no(settings, asked)) as server:
+        judged = ask(server, cache, several(6), concurrency=1)
+        again = ask(server, cache, several(6))
+    assert judged.counts[:4] == (6, 0, 6, 0)
+    first, second, *rest = [set(asked.body) & {"max_completion_tokens", *settings}
+                            for asked in server.asked]  # fmt: skip
+    assert first == {"max_tokens", "temperature"}
+    assert second == {"max_completion_tokens", "temperature"}
+    assert rest == [{"max_completion_tokens"}] * 6
+    assert server.asked[-1].body["max_completion_tokens"] == 20
+    assert caplog.text.count("m does not take max_tokens") == 1
+    assert caplog.text.count("m does not take temperature") == 1
+    # Who reads it from the store later is told, too.
+    assert judged.declined == again.declined == set(settings)
+    assert again.counts[:4] == (6, 6, 0, 0)
+
+
+def test_a_setting_that_stays_declined_or_another_one_is_a_failure(cache):
+    def script(asked):
+        if asked.text == "question 0":
+            return say("ok")
+        setting = "seed" if asked.text == "question 1" else "temperature"
+        return fail(400, "never", code="unsupported_parameter", param=setting)
+
+    with judging(script) as server:
+        judged = ask(server, cache, several(3), concurrency=1)
+    assert judged.failures == dict.fromkeys(("question 1", "question 2"), "status 400: never")
+    assert judged.refused == set(judged.failures)
+    assert len(server.asked) == 4
+    assert judged.declined == set()
+
+
+def test_a_failure_that_may_pass_is_not_called_refused(cache):
+    def script(asked):
+        return fail(503, retry_after=0.01) if asked.text == "question 1" else say("ok")
+
+    with judging(script) as server:
+        judged = ask(server, cache, several(3))
+    assert list(judged.failures) == ["question 1"]
+    assert judged.refused == frozenset()
+
+
 def test_text_that_cannot_be_sent_is_a_failure(cache):
     with judging(lambda _: say("ok")) as server:
         judged = ask(server, cache, [request("half \ud83d", "half"), request("a")])
