@@ -1,5 +1,6 @@
 """Benchmarks in a run: the policy answers, a judge on loopback compares, scores are stored."""
 
+import html
 import json
 import shutil
 
@@ -185,6 +186,8 @@ def test_mt_bench_is_answered_at_its_own_temperatures_unless_told_otherwise(benc
         done = bench("--set", pack, judge=server)
         assert done.code == 0, done.err
         asked = len(server.asked)
+        page = html.unescape((tmp_path / "report" / "report.html").read_text())
+        assert "mt-bench against reference, the benchmark's own temperatures" in page
         told = f"benchmarks=[{{pack: {folder}, against: [reference], temperatures: generation}}]"
         other = bench("--set", told, judge=server)
         assert other.code == 0, other.err
@@ -207,7 +210,6 @@ def test_mt_bench_is_answered_at_its_own_temperatures_unless_told_otherwise(benc
         if frame["temperature"].n_unique() == 3
     ]
     assert own == [{"81": 0.7, "82": 0.0, "83": 0.1}] * 2
-    assert "the benchmark&#39;s own temperatures" in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_an_instruction_that_cannot_be_checked_is_told_before_anything_is_answered(
