@@ -127,9 +127,7 @@ def _step_axis(series: dict[str, Series]) -> alt.Axis:
         return alt.Axis(
             grid=False, format=",d", labelFlush=False, values=list(range(first, last + 1))
         )
-    return alt.Axis(
-        grid=False, format=",d", labelFlush=False, tickCount=STEP_TICKS, tickMinStep=1
-    )
+    return alt.Axis(grid=False, format=",d", labelFlush=False, tickCount=STEP_TICKS, tickMinStep=1)
 
 
 def layers(

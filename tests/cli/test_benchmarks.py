@@ -175,7 +175,7 @@ def test_what_the_endpoint_refuses_is_counted_and_said_and_the_rest_is_scored(be
     )
     assert [record["scores"][0][name] for name in ("judged", "asked", "value")] == [7, 8, 50.0]
     notes = " ".join(record["notes"])
-    assert "refused 1 requests, whose verdicts are missing; the first: status 400: content_" in notes
+    assert "refused 1 requests, whose verdicts are missing; the first: status 400: c" in notes
     assert "The judge takes no temperature" in notes
 
 
