@@ -209,7 +209,8 @@ def copy(
     """Copy artifacts, and all that they were made from, to another store.
 
     Verified on the way; a copy that was interrupted goes on where it stopped. Without names it
-    takes every finished artifact. Refs and the records of runs that name them come along.
+    takes every finished artifact. Refs and the records of runs that name them come along, and
+    without names the judgments, so that the other store pays for none again.
 
     \b
     Examples:
@@ -219,6 +220,7 @@ def copy(
     from cli.show import print_copied, print_json
     from storage.catalog import find_artifact, list_artifacts
     from storage.copy import copy_artifact, copy_records, with_ancestors
+    from storage.judgments import Judgments
     from tasks.transfer import bytes_progress
 
     source, destination = _open(store), open_store(target)
@@ -229,6 +231,8 @@ def copy(
     with bytes_progress("copy", sum(info.bytes for info in chosen)) as done:
         copied = [copy_artifact(source, destination, info, done, _tell_waiting) for info in chosen]
     copy_records(source, destination, [one.name for one in copied], move_refs=not artifacts)
+    if not artifacts:
+        Judgments(source.backend).copy_to(Judgments(destination.backend))
     if as_json:
         print_json([one._asdict() for one in copied])
     else:

@@ -37,6 +37,18 @@ class Judgments:
             raise StoreError(f"{_key(digest)} was removed while it was being written")
         return there
 
+    def copy_to(self, target: "Judgments") -> int:
+        """Take along all that another store has not; returns how many those are."""
+        keys = [entry.key for entry in self._backend.list("judgments/")]
+        there = {entry.key for entry in target._backend.list("judgments/")}
+        return sum(
+            in_parallel(
+                target._backend,
+                lambda key: target._backend.create(key, self._backend.read(key)),
+                [key for key in keys if key not in there],
+            )
+        )
+
     def mend(self, digest: str, entry: bytes) -> None:
         """Write an entry over a damaged one."""
         self._backend.put(_key(digest), entry)

@@ -35,6 +35,19 @@ class PlannedBenchmark(NamedTuple):
         return self.rules.questions(self.pack)[: self.settings.limit]
 
     @property
+    def own(self) -> dict[str, float] | None:
+        """Each question's temperature by its id, where the benchmark's authors fixed them."""
+        if self.settings.temperatures == "generation":
+            return None
+        found = {question.id: self.rules.temperature(question) for question in self.questions}
+        fixed = {name: value for name, value in found.items() if value is not None}
+        return fixed if len(fixed) == len(found) else None
+
+    def temperatures(self, recipe: Recipe) -> tuple[float | None, ...]:
+        """Of the answers that are scored, each by itself; None: the questions' own."""
+        return recipe.generation.temperatures if self.own is None else (None,)
+
+    @property
     def models(self) -> list[str]:
         """Whose answers have to be made: the policy's and, for a judge, its opponents'."""
         return [POLICY, *(name for name in self.opponents if name != BASELINE)]
@@ -109,7 +122,7 @@ def add_benchmarks(recipe: Recipe, reference: str, policy: str, store: Store, ad
         add: plans a stage from its settings and inputs, and returns its version.
 
     Raises:
-        FPOError: a pack or an opponent that is not there.
+        FPOError: a pack or an opponent that is not there, or a question that cannot be scored.
     """
     for benchmark in planned_benchmarks(recipe):
         _check_policies(benchmark, store)
@@ -120,19 +133,24 @@ def add_benchmarks(recipe: Recipe, reference: str, policy: str, store: Store, ad
                 model, f"artifact:{model}"
             )
             version = add(
-                benchmark.answers_stage(model), _generation(recipe),
+                benchmark.answers_stage(model), _generation(recipe, benchmark),
                 {"model": source, "questions": questions},
             )  # fmt: skip
             role = "answers" if model == POLICY else f"answers of {model}"
             answers[role] = f"artifact:answers/{version}"
         if benchmark.is_scored(recipe):
             inputs = {"policy": policy, **answers, "pack": benchmark.pack.digest}
-            add(benchmark.stage, _scoring(recipe, benchmark), inputs)
+            scores = add(benchmark.stage, _scoring(recipe, benchmark), inputs)
+            if store.state("scores", scores) != "complete":
+                # Now, and not once everything is answered.
+                benchmark.rules.check(benchmark.pack, benchmark.settings.limit)
 
 
-def _generation(recipe: Recipe) -> dict[str, Any]:
+def _generation(recipe: Recipe, benchmark: PlannedBenchmark) -> dict[str, Any]:
     """What changes answers: of the endpoint its model's name, not its address."""
     part = recipe.generation.model_dump(exclude={"base_url", "key_env"})
+    if benchmark.own is not None:
+        part["temperatures"] = benchmark.own
     part |= recipe.model.model_dump(include={"dtype", "attention"})
     return {**part, "template": recipe.data.template}
 

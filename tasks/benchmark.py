@@ -7,7 +7,7 @@ or another one with the same answers, asks nothing twice.
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -17,6 +17,7 @@ from prefect.cache_policies import NO_CACHE
 from fpo_core.bench.model import Answers, Reply, Score, Scored
 from fpo_core.errors import FPOError
 from fpo_core.judge.client import Judge
+from fpo_core.judge.wire import DECLINABLE
 from fpo_core.progress import Progress
 from fpo_core.recipe.benchmarks import BASELINE
 from storage.judgments import Judgments
@@ -35,7 +36,7 @@ SCORES, VERDICTS = "scores.json", "verdicts.parquet"
 class Contest(NamedTuple):
     """The policy's answers at a temperature, and whose they are compared with."""
 
-    temperature: float
+    temperature: float | None  # None: each question has the benchmark's own
     answers: Answers
     against: str | None  # as the recipe names the opponent
     opponent: Answers | None
@@ -43,7 +44,8 @@ class Contest(NamedTuple):
     @property
     def name(self) -> str:
         """Keeps its requests apart from those of other contests."""
-        return f"{self.temperature:g}/{self.against or '-'}"
+        at = "own" if self.temperature is None else f"{self.temperature:g}"
+        return f"{at}/{self.against or '-'}"
 
 
 @task(name="benchmark", task_run_name="{stage}", cache_policy=NO_CACHE)
@@ -60,7 +62,7 @@ def benchmark_of(run: PipelineRun, stage: str) -> PlannedBenchmark:
 def contests(run: PipelineRun, planned: PlannedBenchmark) -> Iterator[Contest]:
     """Whose answers are compared, at each temperature."""
 
-    def made_by(model: str, temperature: float) -> Answers:
+    def made_by(model: str, temperature: float | None) -> Answers:
         if model == BASELINE:
             baseline = planned.rules.baseline(planned.pack)
             assert baseline is not None  # checked when the run was planned
@@ -68,7 +70,7 @@ def contests(run: PipelineRun, planned: PlannedBenchmark) -> Iterator[Contest]:
         artifact = run.artifact(planned.answers_stage(model))
         return read_answers(artifact, model, temperature)
 
-    for temperature in run.recipe.generation.temperatures:
+    for temperature in planned.temperatures(run.recipe):
         answers = made_by(POLICY, temperature)
         for against in planned.opponents or (None,):
             opponent = made_by(against, temperature) if against else None
@@ -78,7 +80,7 @@ def contests(run: PipelineRun, planned: PlannedBenchmark) -> Iterator[Contest]:
 def _benchmark(run: PipelineRun, stage: str, writer: ArtifactWriter) -> Work:
     planned = benchmark_of(run, stage)
     held = list(contests(run, planned))
-    replies = _ask(run, planned, held) if planned.rules.judged else {}
+    replies, notes = _ask(run, planned, held) if planned.rules.judged else ({}, {})
     settings = run.recipe.evaluation
     records, verdicts = [], []
     for contest in held:
@@ -86,7 +88,7 @@ def _benchmark(run: PipelineRun, stage: str, writer: ArtifactWriter) -> Work:
             planned.pack, contest.answers, contest.opponent, replies.get(contest.name, {}),
             limit=planned.settings.limit, resamples=settings.bootstrap, seed=settings.seed,
         )  # fmt: skip
-        records.append(_record(run, planned, contest, scored))
+        records.append(_record(run, planned, contest, scored, notes.get(contest.name, [])))
         place = {"temperature": contest.temperature, "opponent": records[-1]["opponent"]}
         verdicts += [{**place, **verdict} for verdict in scored.verdicts]
     path = writer.scratch() / VERDICTS
@@ -98,11 +100,14 @@ def _benchmark(run: PipelineRun, stage: str, writer: ArtifactWriter) -> Work:
 
 def _ask(
     run: PipelineRun, planned: PlannedBenchmark, held: list[Contest]
-) -> dict[str, dict[str, Reply]]:
-    """The judge's replies, by contest and request key.
+) -> tuple[dict[str, dict[str, Reply]], dict[str, list[str]]]:
+    """The judge's replies, by contest and request key, and what is to be said of them.
+
+    A request that the endpoint does not take (its content filter, a text too long) is a verdict
+    that is missing, and counted as such: asking again would never end.
 
     Raises:
-        FPOError: the judge is out of reach, or did not answer some requests.
+        FPOError: the judge is out of reach, or did not answer some requests that it may yet.
     """
     settings = run.recipe.judge
     assert settings is not None  # the stage is planned with a judge only
@@ -110,10 +115,14 @@ def _ask(
     asked = requests_of(planned, held)
     replies: dict[str, dict[str, Reply]] = {contest.name: {} for contest in held}
     failures: dict[str, str] = {}
+    refused: set[str] = set()
+    declined: set[str] = set()
     while asked:
         with Progress(f"judgments by {settings.model}", total=len(asked), unit="judgment") as shown:
             judged = judge.ask([request for _, request in asked.values()], shown.advance)
         failures |= judged.failures
+        refused |= judged.refused
+        declined |= judged.declined
         for key, reply in judged.replies.items():
             contest, _ = asked[key]
             replies[contest][key.removeprefix(f"{contest}/")] = reply
@@ -128,14 +137,33 @@ def _ask(
                 key = f"{contest}/{request.key}"
                 again[key] = (contest, request._replace(key=key))
         asked = again
-    if failures:
-        reason = next(iter(failures.values()))
+    open_ones = [key for key in failures if key not in refused] or (
+        [] if any(replies.values()) else list(failures)
+    )
+    if open_ones:
         raise FPOError(
-            f"{planned.pack.name}: the judge {settings.model} did not answer {len(failures)} "
-            f"requests ({reason}). What it answered is kept; run the same command again to ask for "
-            f"the rest"
+            f"{planned.pack.name}: the judge {settings.model} did not answer {len(open_ones)} "
+            f"requests ({failures[open_ones[0]]}). What it answered is kept; run the same command "
+            f"again to ask for the rest"
         )
-    return replies
+    return replies, {
+        contest.name: [*_declined_note(declined), *_refused_note(contest.name, failures)]
+        for contest in held
+    }
+
+
+def _declined_note(declined: set[str]) -> Iterator[str]:
+    for setting in sorted(declined):
+        yield f"The judge takes no {setting}; sent instead: {DECLINABLE[setting]}."
+
+
+def _refused_note(contest: str, failures: Mapping[str, str]) -> Iterator[str]:
+    own = [reason for key, reason in failures.items() if key.startswith(f"{contest}/")]
+    if own:
+        yield (
+            f"The judge's endpoint refused {len(own)} requests, whose verdicts are missing; the "
+            f"first: {own[0]}."
+        )
 
 
 def requests_of(planned: PlannedBenchmark, held: list[Contest]) -> dict[str, tuple[str, Any]]:
@@ -151,8 +179,9 @@ def requests_of(planned: PlannedBenchmark, held: list[Contest]) -> dict[str, tup
 
 
 def _record(
-    run: PipelineRun, planned: PlannedBenchmark, contest: Contest, scored: Scored
-) -> dict[str, Any]:
+    run: PipelineRun, planned: PlannedBenchmark, contest: Contest, scored: Scored,
+    notes: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
     """The figures of a contest, and the key that says with which others they can be compared."""
     part: Mapping[str, Any] = run.planned(planned.stage).recipe
     generation = run.planned(planned.answers_stage(POLICY)).recipe
@@ -174,7 +203,7 @@ def _record(
         "opponent": opponent,
         "temperature": contest.temperature,
         "scores": [_score(score) for score in scored.scores],
-        "notes": [*scored.notes, *_unread_note(scored.scores[0])],
+        "notes": [*scored.notes, *notes, *_unread_note(scored.scores[0])],
     }
 
 
@@ -195,8 +224,11 @@ def _score(score: Score) -> dict[str, Any]:
 
 def _summary(records: list[dict[str, Any]]) -> dict[str, float]:
     """The first figure of each contest, for the manifest."""
-    return {
-        " ".join(filter(None, (record["scores"][0]["name"], record["opponent"],
-                               f"at {record['temperature']:g}"))): record["scores"][0]["value"]
-        for record in records if record["scores"]
-    }  # fmt: skip
+    found = {}
+    for record in records:
+        if record["scores"]:
+            first, temperature = record["scores"][0], record["temperature"]
+            at = "" if temperature is None else f"at {temperature:g}"
+            name = " ".join(filter(None, (first["name"], record["opponent"], at)))
+            found[name] = first["value"]
+    return found

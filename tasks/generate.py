@@ -7,7 +7,7 @@ with the answers that it would have had.
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -57,7 +57,9 @@ def generate(run: PipelineRun, stage: str) -> Outcome:
     )
 
     def compute(writer: ArtifactWriter) -> Work:
-        return write_answers(writer, planned.questions, run.recipe.generation, _source(run, model))
+        return write_answers(
+            writer, planned.questions, run.recipe.generation, _source(run, model), planned.own
+        )
 
     return announce(run.bring_about(stage, compute))
 
@@ -156,6 +158,7 @@ def write_answers(
     questions: Sequence[Question],
     settings: GenerationSettings,
     source: AnswerSource,
+    own: Mapping[str, float] | None = None,
 ) -> Work:
     """Answer the questions of the shards that are missing, and write them.
 
@@ -164,6 +167,7 @@ def write_answers(
         questions: the benchmark's, or the first of them.
         settings: which answers, and how they are sampled.
         source: what answers.
+        own: the benchmark's own temperature of each question, in place of the settings'.
 
     Raises:
         FPOError: questions or prompts that cannot be answered.
@@ -172,7 +176,7 @@ def write_answers(
     if source.chat is not None:
         assert source.context is not None
         check_prompts(questions, source.chat, settings.max_new_tokens, source.context)
-    wanted = Wanted(settings.temperatures, settings.samples, settings.seed)
+    wanted = Wanted(settings.temperatures, settings.samples, settings.seed, own)
     size = settings.shard_questions
     shards = [questions[start : start + size] for start in range(0, len(questions), size)]
     finished = writer.finished_shards()
@@ -194,7 +198,7 @@ def write_answers(
 
 
 def _answers_of(questions: Sequence[Question], wanted: Wanted) -> int:
-    return sum(len(question.turns) for question in questions) * len(list(wanted.each()))
+    return sum(len(one.turns) * len(list(wanted.each(one.id))) for one in questions)
 
 
 def _table(
@@ -202,10 +206,15 @@ def _table(
 ) -> pa.Table:  # fmt: skip
     """A shard's rows in the questions' order, whatever order they were answered in."""
     place = {question.id: number for number, question in enumerate(questions)}
-    order = {one: number for number, one in enumerate(wanted.each())}
+    order = {
+        (question.id, *one): number
+        for question in questions
+        for number, one in enumerate(wanted.each(question.id))
+    }
 
     def key(prompt: "Prompt") -> tuple[int, int, int]:
-        return place[prompt.question_id], order[prompt.temperature, prompt.sample], prompt.turn
+        name = prompt.question_id
+        return place[name], order[name, prompt.temperature, prompt.sample], prompt.turn
 
     rows = [_row(answer) for answer in sorted(answers, key=lambda answer: key(answer.prompt))]
     return pa.Table.from_pylist(rows, schema=ANSWERS)
@@ -246,13 +255,15 @@ def _stats(writer: ArtifactWriter) -> dict[str, object]:
     }  # fmt: skip
 
 
-def read_answers(artifact: Artifact, model: str, temperature: float, sample: int = 0) -> Answers:
+def read_answers(
+    artifact: Artifact, model: str, temperature: float | None, sample: int = 0
+) -> Answers:
     """The answers of one temperature and sample, a question's turns together.
 
     Args:
         artifact: of ``write_answers``.
         model: name to show them under.
-        temperature: one of the artifact's.
+        temperature: one of the artifact's; None: each question has its own.
         sample: number of the sample.
 
     Raises:
@@ -260,14 +271,16 @@ def read_answers(artifact: Artifact, model: str, temperature: float, sample: int
     """
     columns = ["question_id", "turn", "temperature", "sample", "text"]
     frame = artifact.scan().select(columns).collect()
+    wanted = pl.col("temperature") if temperature is None else pl.lit(temperature, pl.Float64)
     chosen = frame.filter(
-        pl.col("temperature") == temperature,
-        pl.col("sample") == (sample if temperature > 0 else 0),
+        pl.col("temperature") == wanted,
+        pl.col("sample") == pl.when(wanted > 0).then(sample).otherwise(0),
     )
     if chosen.is_empty():
+        told = "of each question's own" if temperature is None else f"{temperature:g}"
         held = frame.select("temperature", "sample").unique().sort("temperature", "sample")
         raise FPOError(
-            f"{artifact.name} holds no answers at temperature {temperature:g}, sample {sample}; it "
+            f"{artifact.name} holds no answers at temperature {told}, sample {sample}; it "
             f"holds (temperature, sample) {', '.join(f'({t:g}, {s})' for t, s in held.iter_rows())}"
         )
     turns: defaultdict[str, list[str]] = defaultdict(list)

@@ -44,7 +44,7 @@ def _longest(run: PipelineRun, planned: PlannedBenchmark) -> list[Contest]:
     """Contests of answers that are all as long as they may be, and all different."""
     longest = CHARACTERS_A_TOKEN * run.recipe.generation.max_new_tokens
 
-    def made_up(model: str, temperature: float) -> Answers:
+    def made_up(model: str, temperature: float | None) -> Answers:
         baseline = planned.rules.baseline(planned.pack) if model not in planned.models else None
         return baseline or Answers(model, {
             question.id: tuple(
@@ -59,6 +59,6 @@ def _longest(run: PipelineRun, planned: PlannedBenchmark) -> list[Contest]:
             temperature, made_up(POLICY, temperature), against,
             made_up(against, temperature) if against else None,
         )
-        for temperature in run.recipe.generation.temperatures
+        for temperature in planned.temperatures(run.recipe)
         for against in planned.opponents or (None,)
     ]  # fmt: skip

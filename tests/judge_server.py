@@ -96,7 +96,7 @@ def say(
 
 def fail(
     status: int, message: str = "made to fail", *, code: str | None = None,
-    retry_after: float | str | None = None,
+    param: str | None = None, retry_after: float | str | None = None,
 ) -> Answer:  # fmt: skip
     """An error as OpenAI words it.
 
@@ -104,9 +104,11 @@ def fail(
         status: of HTTP.
         message: told to the client.
         code: OpenAI's, such as ``insufficient_quota``.
+        param: the field of the request that it is about.
         retry_after: seconds, or any text, for the header of that name.
     """
-    answer = _json(status, {"error": {"message": message, "type": "error", "code": code}})
+    error = {"message": message, "type": "error", "code": code, "param": param}
+    answer = _json(status, {"error": error})
     if retry_after is None:
         return answer
     return answer._replace(headers={**answer.headers, "Retry-After": str(retry_after)})

@@ -88,6 +88,14 @@ class AlpacaEval:
             for number, (text, row) in enumerate(texts.items())
         ]
 
+    def temperature(self, question: Question) -> float | None:
+        """None: the recipe says."""
+        del question
+
+    def check(self, pack: Pack, limit: int | None) -> None:
+        """Nothing beside what reading the pack checks."""
+        del pack, limit
+
     def baseline(self, pack: Pack) -> Answers | None:
         """The pack's baseline outputs, joined to its questions by instruction.
 

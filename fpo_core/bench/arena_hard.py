@@ -82,6 +82,14 @@ class ArenaHard:
         items = read_items(pack.files["questions"], arena_question).values()
         return [Question(item.id, item.turns, item.label) for item in items]
 
+    def temperature(self, question: Question) -> float | None:
+        """None: the recipe says."""
+        del question
+
+    def check(self, pack: Pack, limit: int | None) -> None:
+        """Nothing beside what reading the pack checks."""
+        del pack, limit
+
     def baseline(self, pack: Pack) -> Answers | None:
         """The answers of the pack's baseline (gpt-4-0314 of the authors'); None without one.
 

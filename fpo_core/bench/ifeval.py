@@ -15,7 +15,7 @@ import json
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,6 +60,24 @@ class IFEval:
             Question(str(row.value["key"]), (row.value["prompt"],))
             for row in _read(pack.files["questions"])
         ]
+
+    def temperature(self, question: Question) -> float | None:
+        """None: the recipe says."""
+        del question
+
+    def check(self, pack: Pack, limit: int | None) -> None:
+        """Whether the checkers know every instruction that is asked, and find what they need.
+
+        Raises:
+            FPOError: an instruction or argument that they do not know; a package or the sentence
+                model missing.
+        """
+        checkers = load_checkers()
+        rows = _read(pack.files["questions"])[:limit]
+        for row in rows:
+            _check_instructions(checkers, row)
+        with _sentence_model(pack, rows):
+            pass
 
     def baseline(self, pack: Pack) -> Answers | None:
         """None: models are checked alone."""
@@ -126,9 +144,8 @@ class IFEval:
         rows = _read(pack.files["questions"])[:limit]
         for row in rows:
             _check_instructions(checkers, row)
-        needs_model = any(set(NEEDED_BY) & set(row.value["instruction_id_list"]) for row in rows)
         verdicts: list[dict[str, Any]] = []
-        with sentence_model(pack) if needs_model else nullcontext():
+        with _sentence_model(pack, rows):
             for row in rows:
                 (response,) = answers.turns[str(row.value["key"])]
                 verdicts += _verdicts(checkers, row, response)
@@ -170,6 +187,12 @@ def _package() -> Path:
     assert spec is not None
     assert spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0]) / "tasks" / "ifeval"
+
+
+def _sentence_model(pack: Pack, rows: Sequence[Row]) -> AbstractContextManager[None]:
+    """NLTK's, where one of the rows is checked with it."""
+    needed = any(set(NEEDED_BY) & set(row.value["instruction_id_list"]) for row in rows)
+    return sentence_model(pack) if needed else nullcontext()
 
 
 def _read(path: Path) -> list[Row]:

@@ -78,6 +78,14 @@ class Benchmark(Protocol):
         """The pack's questions, in its order."""
         ...
 
+    def temperature(self, question: Question) -> float | None:
+        """What the authors sample a question's answers at; None where they leave it open."""
+        ...
+
+    def check(self, pack: Pack, limit: int | None) -> None:
+        """Refuse what would stop ``score`` and can be told before anything is answered."""
+        ...
+
     def baseline(self, pack: Pack) -> Answers | None:
         """The answers of the benchmark's own baseline; None where it has none."""
         ...

@@ -30,6 +30,10 @@ from fpo_core.errors import FPOError
 TEMPERATURE, MAX_TOKENS = 0.0, 2048  # FastChat's for its judge
 SCALE = (1.0, 10.0)  # what the judge is asked for; FastChat counts other numbers, too
 TURNS = range(1, MT_BENCH_TURNS + 1)
+# FastChat's of the answers, by category (``llm_judge/common.py``), and of any other category.
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
+                "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}  # fmt: skip
+OTHER_TEMPERATURE = 0.7
 MODEL, OPPONENT = "model", "opponent"
 _NUMBER = r"([0-9]+\.?[0-9]*)"
 _RATING, _BACKUP = re.compile(rf"\[\[{_NUMBER}\]\]"), re.compile(rf"\[{_NUMBER}\]")
@@ -55,6 +59,14 @@ class MtBench:
         """The pack's questions, in its order."""
         items = read_items(pack.files["questions"], mt_bench_question).values()
         return [Question(item.id, item.turns, item.label) for item in items]
+
+    def temperature(self, question: Question) -> float | None:
+        """What FastChat samples a question's answers at, by its category."""
+        return TEMPERATURES.get(question.category, OTHER_TEMPERATURE)
+
+    def check(self, pack: Pack, limit: int | None) -> None:
+        """Nothing beside what reading the pack checks."""
+        del pack, limit
 
     def baseline(self, pack: Pack) -> Answers | None:
         """None: answers are rated by themselves."""

@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 from fpo_core.data.pairs import Message
 
 END_OF_TURN, LENGTH = "end of turn", "length"
+# Of the finish reasons of OpenAI's API, which vLLM has, too; others stay as they are.
+STOPS = {"stop": END_OF_TURN, "length": LENGTH}
 
 
 class Sampling(NamedTuple):

@@ -7,14 +7,13 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fpo_core.errors import FPOError
-from fpo_core.generation.answers import END_OF_TURN, LENGTH, Generated, Prompt, Sampling
+from fpo_core.generation.answers import STOPS, Generated, Prompt, Sampling
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAIError
 
 TIMEOUT_SECONDS = 600.0
 RETRIES = 6  # after 429, 5xx and broken connections, with growing waits: about a minute in all
-STOPS = {"stop": END_OF_TURN, "length": LENGTH}
 
 
 class EndpointBackend:

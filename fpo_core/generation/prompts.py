@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from jinja2 import TemplateError
@@ -25,10 +25,12 @@ class Wanted(NamedTuple):
     temperatures: tuple[float, ...]
     samples: int  # at each temperature; at 0 they would all be the same: one
     seed: int
+    own: Mapping[str, float] | None = None  # the one temperature of each question, by its id
 
-    def each(self) -> Iterator[tuple[float, int]]:
-        """Temperature and sample number of each."""
-        for temperature in self.temperatures:
+    def each(self, question_id: str) -> Iterator[tuple[float, int]]:
+        """Temperature and sample number of each answer to a question."""
+        temperatures = self.temperatures if self.own is None else (self.own[question_id],)
+        for temperature in temperatures:
             for sample in range(self.samples if temperature > 0 else 1):
                 yield temperature, sample
 
@@ -45,7 +47,7 @@ def answer_questions(
         chat: chat template and tokenizer; None for an endpoint, which has its own.
     """
     said: dict[tuple[str, float, int], tuple[str, ...]] = {
-        (question.id, *one): () for question in questions for one in wanted.each()
+        (question.id, *one): () for question in questions for one in wanted.each(question.id)
     }
     for turn in range(max((len(question.turns) for question in questions), default=0)):
         prompts = _prompts(questions, turn, said, wanted.seed, chat)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fpo_core.errors import FPOError
-from fpo_core.generation.answers import END_OF_TURN, LENGTH, Generated, Prompt, Sampling
+from fpo_core.generation.answers import STOPS, Generated, Prompt, Sampling
 
 
 class VllmBackend:
@@ -30,7 +30,11 @@ class VllmBackend:
     def __init__(self, folder: Path, dtype: str, tokenizer: Any, sampling: Sampling) -> None:
         check_vllm()
         self._vllm = importlib.import_module("vllm")
-        self._llm = self._vllm.LLM(model=str(folder), dtype=dtype, trust_remote_code=False)
+        # `vllm`: without the stop tokens and sampling that the folder's generation_config.json
+        # adds, so that answers end and are drawn as the settings say, as with transformers.
+        self._llm = self._vllm.LLM(
+            model=str(folder), dtype=dtype, trust_remote_code=False, generation_config="vllm"
+        )
         self._tokenizer, self._sampling = tokenizer, sampling
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[Generated]:
@@ -44,8 +48,8 @@ class VllmBackend:
             completion = output.outputs[0]
             ids = list(completion.token_ids)
             text = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
-            stop = END_OF_TURN if completion.finish_reason == "stop" else LENGTH
-            yield Generated(prompt, ids, text, stop, len(ids))
+            reason = completion.finish_reason or "unfinished"
+            yield Generated(prompt, ids, text, STOPS.get(reason, reason), len(ids))
 
     def _params(self, prompt: Prompt) -> Any:
         return self._vllm.SamplingParams(

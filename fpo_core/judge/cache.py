@@ -42,6 +42,7 @@ class Answer(BaseModel):
 
     reply: Reply
     served_model: str | None = None
+    declined: tuple[str, ...] = ()  # settings that the model did not take, of wire.DECLINABLE
 
 
 class _Entry(BaseModel):
@@ -93,7 +94,8 @@ def _content(settings: JudgeSettings, request: JudgeRequest) -> dict[str, Any]:
 
 
 def _plain(answer: Answer) -> dict[str, Any]:
-    return {"reply": answer.reply._asdict(), "served_model": answer.served_model}
+    content = {"reply": answer.reply._asdict(), "served_model": answer.served_model}
+    return content | ({"declined": list(answer.declined)} if answer.declined else {})
 
 
 def _digest(value: Mapping[str, Any]) -> str:

@@ -13,8 +13,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from fpo_core.bench.model import JudgeRequest, Reply
 from fpo_core.errors import FPOError
 from fpo_core.judge.cache import Answer, JudgmentCache, make_entry, read_entry, request_digest
-from fpo_core.judge.endpoint import NotAnswered, check_judge, connect, explained, read_key
-from fpo_core.judge.wire import BadAnswer, Withheld, read_answer, request_body
+from fpo_core.judge.endpoint import (
+    NotAnswered,
+    check_judge,
+    connect,
+    declined_setting,
+    explained,
+    read_key,
+)
+from fpo_core.judge.wire import DECLINABLE, BadAnswer, Withheld, read_answer, request_body
 from fpo_core.progress import not_shown
 from fpo_core.recipe.judge import JudgeSettings
 
@@ -45,6 +52,8 @@ class Judged(NamedTuple):
     replies: dict[str, Reply]
     failures: dict[str, str]  # the reason
     counts: Counts
+    refused: frozenset[str] = frozenset()  # failures that asking again would not mend
+    declined: frozenset[str] = frozenset()  # settings that the judge did not take
 
 
 class Judge:
@@ -112,7 +121,10 @@ class _Asking:
         self._key: str | None = None
         self._replies: dict[str, Reply] = {}
         self._failures: dict[str, str] = {}
+        self._refused: set[str] = set()
         self._damaged: set[str] = set()
+        self._declined: set[str] = set()  # found out while asking
+        self._answered_without: set[str] = set()  # of the answers, cached ones too
         self._cached = self._prompt_tokens = self._reply_tokens = 0
         self._answers = self._in_a_row = 0
         self._without_logprobs = False
@@ -128,7 +140,7 @@ class _Asking:
                 self._damaged.add(digest)
             else:
                 self._cached += len(requests[digest])
-                self._settle(requests[digest], answer.reply)
+                self._settle(requests[digest], answer)
         if self._damaged:
             log.warning("judge      %d damaged judgments are asked again", len(self._damaged))
         done = self._replies
@@ -163,7 +175,7 @@ class _Asking:
             try:
                 answer = await self._answer(client, same[0])
             except NotAnswered as error:
-                self.fail(same, str(error))
+                self.fail(same, str(error), own_fault=error.own_fault)
                 self._stop_if_pointless(error)
                 continue
             self._answers, self._in_a_row = self._answers + 1, 0
@@ -180,7 +192,7 @@ class _Asking:
         self, same: Sequence[JudgeRequest], kept: "asyncio.Future[Answer]"
     ) -> None:
         answer = await asyncio.shield(kept)  # Ctrl-C cancels the wait, not the writing
-        self._settle(same, answer.reply)
+        self._settle(same, answer)
 
     async def _answer(self, client: "AsyncOpenAI", request: JudgeRequest) -> Answer:
         """One answer that can be read.
@@ -194,26 +206,42 @@ class _Asking:
             if tried:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
-            body = await self._body(client, request)
+            body, declined = await self._body(client, request)
             try:
-                return read_answer(body)
+                return read_answer(body).model_copy(update={"declined": declined})
             except BadAnswer as error:
                 reason = str(error)
             except Withheld as error:
                 raise NotAnswered(str(error), own_fault=True) from None
         raise NotAnswered(reason)
 
-    async def _body(self, client: "AsyncOpenAI", request: JudgeRequest) -> bytes:
+    async def _body(
+        self, client: "AsyncOpenAI", request: JudgeRequest
+    ) -> tuple[bytes, tuple[str, ...]]:
+        """An answer's body, and the settings that it was asked for without."""
         from openai import APIError
 
         create = client.chat.completions.with_raw_response.create
-        try:
-            answer = await create(**request_body(self._settings.model, request))
-        except APIError as error:
-            told = explained(error, self._settings, self._key)
-        else:
-            return answer.http_response.content
-        raise told  # out here, so that no traceback shows an error with the endpoint's words
+        while True:  # once more for each setting that is declined, and there are two
+            declined = tuple(sorted(self._declined))
+            try:
+                answer = await create(**request_body(self._settings.model, request, declined))
+            except APIError as error:
+                setting = declined_setting(error)
+                told = explained(error, self._settings, self._key)
+            else:
+                return answer.http_response.content, declined
+            if setting is None or setting in declined:
+                raise told  # out here, so that no traceback shows the endpoint's words
+            self._decline(setting)
+
+    def _decline(self, setting: str) -> None:
+        if setting not in self._declined:
+            log.warning(
+                "judge      %s does not take %s; sent instead: %s",
+                self._settings.model, setting, DECLINABLE[setting],
+            )  # fmt: skip
+        self._declined.add(setting)
 
     def _keep(self, digest: str, request: JudgeRequest, answer: Answer) -> Answer:
         """Put an answer into the cache; returns the one that is there now."""
@@ -225,15 +253,24 @@ class _Asking:
         self._cache.mend(digest, entry)
         return answer
 
-    def _settle(self, same: Sequence[JudgeRequest], reply: Reply) -> None:
+    def _settle(self, same: Sequence[JudgeRequest], answer: Answer) -> None:
+        self._answered_without |= set(answer.declined)
         for request in same:
-            self._replies[request.key] = reply
+            self._replies[request.key] = answer.reply
         self._on_reply(len(same))
 
-    def fail(self, same: Sequence[JudgeRequest], reason: str) -> None:
-        """Note requests as failed."""
+    def fail(self, same: Sequence[JudgeRequest], reason: str, *, own_fault: bool = True) -> None:
+        """Note requests as failed.
+
+        Args:
+            same: the requests.
+            reason: for the user.
+            own_fault: asking the same again would fail again.
+        """
         for request in same:
             self._failures[request.key] = reason
+            if own_fault:
+                self._refused.add(request.key)
         self._on_reply(len(same))
 
     def _stop_if_pointless(self, error: NotAnswered) -> None:
@@ -273,4 +310,6 @@ class _Asking:
             asked, self._cached, len(replies) - self._cached, len(failures),
             self._prompt_tokens, self._reply_tokens,
         )  # fmt: skip
-        return Judged(replies, failures, counts)
+        return Judged(
+            replies, failures, counts, frozenset(self._refused), frozenset(self._answered_without)
+        )

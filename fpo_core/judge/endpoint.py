@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from fpo_core.errors import FPOError
+from fpo_core.judge.wire import DECLINABLE
 from fpo_core.recipe.judge import JudgeSettings
 
 if TYPE_CHECKING:
@@ -96,6 +97,13 @@ def connect(settings: JudgeSettings, key: str | None) -> "AsyncOpenAI":
         max_retries=settings.retries,
         http_client=DefaultAsyncHttpx2Client(event_hooks=hooks),
     )
+
+
+def declined_setting(error: "APIError") -> str | None:
+    """The setting that the endpoint says this model does not take (OpenAI's reasoning models)."""
+    if getattr(error, "status_code", None) != 400 or error.param not in DECLINABLE:
+        return None
+    return error.param if error.code in ("unsupported_parameter", "unsupported_value") else None
 
 
 def explained(error: "APIError", settings: JudgeSettings, key: str | None) -> Exception:

@@ -1,12 +1,19 @@
 """A request as OpenAI's chat completions take it, and the answer's body, checked."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
 from fpo_core.bench.model import JudgeRequest, Reply
 from fpo_core.judge.cache import Answer
+
+# What some models do not take, and what is sent instead, in words.
+DECLINABLE = {
+    "max_tokens": "max_completion_tokens, which counts hidden reasoning, too",
+    "temperature": "none: it answers at its own",
+}
 
 
 class BadAnswer(Exception):
@@ -52,14 +59,24 @@ class _Completion(BaseModel):
     usage: _Usage | None = None
 
 
-def request_body(model: str, request: JudgeRequest) -> dict[str, Any]:
-    """The arguments of ``chat.completions.create``."""
+def request_body(
+    model: str, request: JudgeRequest, declined: Collection[str] = ()
+) -> dict[str, Any]:
+    """The arguments of ``chat.completions.create``.
+
+    Args:
+        model: the judge, as the endpoint names it.
+        request: what it is asked.
+        declined: of ``DECLINABLE``, what the endpoint has said that this model does not take.
+    """
+    limit = "max_completion_tokens" if "max_tokens" in declined else "max_tokens"
     body: dict[str, Any] = {
         "model": model,
         "messages": [{"role": role, "content": text} for role, text in request.messages],
-        "max_tokens": request.max_tokens,
-        "temperature": request.temperature,
+        limit: request.max_tokens,
     }
+    if "temperature" not in declined:
+        body["temperature"] = request.temperature
     if request.top_logprobs:
         body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
     return body

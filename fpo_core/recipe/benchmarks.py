@@ -1,7 +1,7 @@
 """The section ``benchmarks`` of a recipe: which benchmarks a run ends with, and against whom."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -25,6 +25,12 @@ class BenchmarkSettings(Settings):
         description="whose answers the policy's are compared with, where a judge compares: "
         "`baseline`, the benchmark's own; `reference`, the model that training started from; "
         "policy/VERSION, another one of this store",
+    )
+
+    temperatures: Literal["benchmark", "generation"] = Field(
+        default="benchmark",
+        description="of the answers: the benchmark's own where its authors fixed them (MT-Bench: "
+        "one for each category), else generation.temperatures; `generation`: those in any case",
     )
 
     @field_validator("against")

@@ -22,7 +22,9 @@ def contest_table(record: Mapping[str, Any]) -> Table:
             (Value(shown, ""), score_value(cell, unit), Value(f"{cell.judged} of {cell.asked}", ""))
         )
     note = " ".join((*record.get("notes", ()), f"Key of these figures: {key_text(found.key)}."))
-    title = f"{contest(found.benchmark, found.opponent)}, temperature {found.temperature:g}"
+    own = found.temperature is None
+    at = "the benchmark's own temperatures" if own else f"temperature {found.temperature:g}"
+    title = f"{contest(found.benchmark, found.opponent)}, {at}"
     columns = ("Figure", "Policy", "Judged of asked")
     data = pl.DataFrame([{n: score[n] for n in SCORE_FIELDS} for score in record["scores"]])
     return Table("", title, columns, 1, tuple(rows), note, data)

@@ -20,6 +20,7 @@ from fpo_core.report.series import Series, read_series, thin
 
 PNG_SCALE = 2
 CURVE_HEIGHT, ROW_HEIGHT, LINE_HEIGHT = 280, 26, 16
+STEP_TICKS = 6
 AROUND = 95  # pixels of a chart's height that title and axis take
 # What layering is typed to return; only layers are made here.
 Chart = alt.LayerChart | alt.FacetChart
@@ -118,12 +119,22 @@ def _discrepancy_figure(found: dict[str, Series]) -> Figure:
     return figure("discrepancy", chart, curve.title, caption)
 
 
+def _step_axis(series: dict[str, Series]) -> alt.Axis:
+    """Whole steps only: of a short run Vega would mark halves, and round their labels twice."""
+    steps = pl.concat([one.frame["step"].cast(pl.Int64) for one in series.values()]).to_list()
+    first, last = min(steps), max(steps)
+    if last - first <= STEP_TICKS:
+        return alt.Axis(
+            grid=False, format=",d", labelFlush=False, values=list(range(first, last + 1))
+        )
+    return alt.Axis(grid=False, format=",d", labelFlush=False, tickCount=STEP_TICKS, tickMinStep=1)
+
+
 def layers(
     curve: Curve, series: dict[str, Series], colours: dict[str, str], *, named: bool = False
 ) -> Chart:
     """A chart of lines over steps, each in its colour and, where ``named``, with its name."""
-    steps = alt.Axis(grid=False, format=",d", labelFlush=False, tickCount=6, tickMinStep=1)
-    x = alt.X("step:Q").title("step").axis(steps)
+    x = alt.X("step:Q").title("step").axis(_step_axis(series))
     domain = alt.Scale(domain=[0, 1]) if curve.shares else alt.Scale(zero=False, nice=True)
     # The page writes a narrow space before a percent sign; d3's own format has none.
     shares = f"format(100 * datum.value, '.0f') + '{NARROW}%'"

@@ -334,7 +334,7 @@ def _rate(style: Style, place: int, group: pl.DataFrame) -> Drawing:
     x = alt.X("at:Q").title("temperature of the answers").axis(axis)
     x = x.scale(alt.Scale(zero=False, nice=False, padding=10))
     step = DODGE * (temperatures[-1] - temperatures[0])
-    y = alt.Y("value:Q").title(f"{score}, {benchmark}").scale(alt.Scale(zero=False, nice=True))
+    y = alt.Y("value:Q").title(None).scale(alt.Scale(zero=False, nice=True))
     drawn: list[Any] = []
     for run in runs:
         colour, tag = style.colours[run], style.tags[run]
@@ -356,7 +356,7 @@ def _rate(style: Style, place: int, group: pl.DataFrame) -> Drawing:
     title = "Win rate by temperature"
     chart: Chart = alt.layer(*drawn).properties(
         width=palette.WIDTH, height=CURVE_HEIGHT + style.legend,
-        title=style.title(title, contest(benchmark, opponent), runs),
+        title=style.title(title, f"{score}, {contest(benchmark, opponent)}", runs),
     )  # fmt: skip
     judged = [f"{row['judged']} of {row['asked']}" for row in group.to_dicts()]
     caption = f"Judged of asked: {', '.join(dict.fromkeys(judged))}. Runs are drawn side by side."

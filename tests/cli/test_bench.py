@@ -7,7 +7,7 @@ import pytest
 from fpo_core.bench import pull
 from fpo_core.bench.pack import packs_folder
 from tests.fpo_core.packs import arena_folder
-from tests.fpo_core.test_packs import serving, sourced
+from tests.fpo_core.test_pull import serving, sourced
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Benchmarks in a run: the policy answers, a judge on loopback compares, scores are stored."""
 
+import html
 import json
 import shutil
 
@@ -11,7 +12,7 @@ from fpo_core.bench.arena_hard import ArenaHard
 from fpo_core.bench.pack import load_pack
 from storage.catalog import list_artifacts
 from storage.location import open_store
-from tests.fpo_core.packs import arena_folder, write_rows
+from tests.fpo_core.packs import arena_folder, mt_bench_folder, write_rows
 from tests.judge_server import fail, judging, say
 
 pytestmark = pytest.mark.slow
@@ -151,6 +152,75 @@ def test_the_cost_is_told_before_and_after_the_answers_and_nothing_is_asked(benc
     assert len(notes) == 4  # two opponents at two temperatures, and no verdict of this judge
     assert all("Of 8 verdicts 0 could be read: this judge is weak" in note for note in notes)
     assert "this judge is weak" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_what_the_endpoint_refuses_is_counted_and_said_and_the_rest_is_scored(bench, tmp_path):
+    """A filter or a text too long: asking again would refuse again, and never end."""
+
+    def script(asked):
+        if asked.text.startswith("Q: ask id1\nA: base"):
+            return fail(400, "content_policy")
+        if asked.text.startswith("Q: ask id2") and "temperature" in asked.body:
+            return fail(400, code="unsupported_value", param="temperature")
+        return say("[[A=B]]")
+
+    with judging(script) as server:
+        done = bench("--set", "generation.temperatures=[0.0]", judge=server, against=["baseline"])
+    assert done.code == 0, done.err
+    record = next(
+        record
+        for one in artifacts(tmp_path / "store", "scores")
+        for record in json.loads(one.path("scores.json").read_text())
+        if record["kind"] == "arena_hard"
+    )
+    assert [record["scores"][0][name] for name in ("judged", "asked", "value")] == [7, 8, 50.0]
+    notes = " ".join(record["notes"])
+    assert "refused 1 requests, whose verdicts are missing; the first: status 400: c" in notes
+    assert "The judge takes no temperature" in notes
+
+
+def test_mt_bench_is_answered_at_its_own_temperatures_unless_told_otherwise(bench, tmp_path):
+    folder = mt_bench_folder(tmp_path / "mt", ("writing", "math", "stem"))
+    pack = f"benchmarks=[{{pack: {folder}, against: [reference]}}]"
+    with judging(lambda _: say("Rating: [[7]]")) as server:
+        done = bench("--set", pack, judge=server)
+        assert done.code == 0, done.err
+        asked = len(server.asked)
+        page = html.unescape((tmp_path / "report" / "report.html").read_text())
+        assert "mt-bench against reference, the benchmark's own temperatures" in page
+        told = f"benchmarks=[{{pack: {folder}, against: [reference], temperatures: generation}}]"
+        other = bench("--set", told, judge=server)
+        assert other.code == 0, other.err
+        # The cache has what was answered alike: the greedy answers to maths.
+        assert asked < len(server.asked)
+    found = [
+        record
+        for one in artifacts(tmp_path / "store", "scores")
+        for record in json.loads(one.path("scores.json").read_text())
+    ]
+    assert sorted(str(record["temperature"]) for record in found) == ["0.0", "0.7", "None"]
+    for record in found:
+        by_name = {score["name"]: score for score in record["scores"]}
+        assert (by_name["rating"]["value"], by_name["rating"]["judged"]) == (7.0, 6)
+        assert by_name["delta_rating"]["value"] == 0
+    answers = [one.scan().collect() for one in artifacts(tmp_path / "store", "answers")]
+    own = [
+        dict(frame.select("question_id", "temperature").unique().iter_rows())
+        for frame in answers
+        if frame["temperature"].n_unique() == 3
+    ]
+    assert own == [{"81": 0.7, "82": 0.0, "83": 0.1}] * 2
+
+
+def test_an_instruction_that_cannot_be_checked_is_told_before_anything_is_answered(
+    bench, tmp_path
+):  # fmt: skip
+    row = {"key": 1, "prompt": "p", "instruction_id_list": ["made:up"], "kwargs": [{}]}
+    write_rows(tmp_path / "unknown" / "input_data.jsonl", [row])
+    done = bench("--set", f"benchmarks=[{{pack: {tmp_path / 'unknown'}}}]")
+    assert done.code == 1
+    assert "lm-eval has no instruction 'made:up'" in done.err
+    assert not artifacts(tmp_path / "store", "answers")
 
 
 def test_the_evaluation_answers_a_packs_questions_instead(bench, packs, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpo_core.bench.model import Answers, Reply
+from fpo_core.bench.model import Answers, Question, Reply
 from fpo_core.bench.mt_bench import MtBench, read_rating
 from fpo_core.bench.pack import load_pack
 from fpo_core.errors import FPOError
@@ -41,6 +41,15 @@ def rated(requests, seed, unread=()):
 
 def by_name(scored):
     return {score.name: score for score in scored.scores}
+
+
+def test_each_category_has_fastchats_temperature():
+    """As ``temperature_config`` in ``fastchat/llm_judge/common.py`` has them."""
+    wanted = {0.7: ("writing", "roleplay", "of one's own"), 0.1: ("stem", "humanities"),
+              0.0: ("extraction", "math", "coding", "reasoning")}  # fmt: skip
+    for temperature, categories in wanted.items():
+        for category in categories:
+            assert RULES.temperature(Question("1", ("a", "b"), category)) == temperature
 
 
 # ---- ratings

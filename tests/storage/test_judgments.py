@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from storage.judgments import Judgments
+from storage.local import LocalBackend
 
 DIGESTS = [f"{number:02x}" * 32 for number in range(40)]
 
@@ -57,3 +58,13 @@ def test_cleaning_up_and_listing_leave_them_alone(judgments, store, place):
     assert list_artifacts(store) == []
     assert find_garbage(store, grace_hours=0).artifacts == ()
     assert place.keys() == [f"judgments/00/{DIGESTS[0]}.json"]
+
+
+def test_a_copy_takes_what_the_other_store_has_not(judgments, tmp_path):
+    other = Judgments(LocalBackend(tmp_path / "other"))
+    judgments.put(DIGESTS[0], b"here")
+    judgments.put(DIGESTS[1], b"both, from here")
+    other.put(DIGESTS[1], b"both, from there")
+    assert judgments.copy_to(other) == 1
+    assert other.get_all(DIGESTS) == {DIGESTS[0]: b"here", DIGESTS[1]: b"both, from there"}
+    assert judgments.copy_to(other) == 0

@@ -1,6 +1,7 @@
 """A process that answers questions into a store, for tests that kill it."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from fpo_core.bench.model import Question
@@ -27,14 +28,17 @@ def source(folder: Path) -> AnswerSource:
 
 
 def answer(
-    store: Path, source: AnswerSource, settings: GenerationSettings = SETTINGS
-) -> Artifact:  # fmt: skip
+    store: Path,
+    source: AnswerSource,
+    settings: GenerationSettings = SETTINGS,
+    own: Mapping[str, float] | None = None,
+) -> Artifact:
     """Bring about the artifact, going on where an earlier attempt was."""
     opened = open_store(store)
     with opened.hold("answers", VERSION, None) as hold:
         assert hold is not None
         writer = opened.writer("answers", VERSION, hold)
-        work = write_answers(writer, QUESTIONS, settings, source)
+        work = write_answers(writer, QUESTIONS, settings, source, own)
         return writer.commit(Made(1, {}, {}, work.stats, 1.0, {}))
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import polars as pl
 import pytest
 from pydantic import ValidationError
 
@@ -97,6 +98,21 @@ def test_answers_are_read_by_temperature_with_a_questions_turns_together(whole):
         read_answers(whole, "policy", 0.7)
     with pytest.raises(FPOError, match="sample 2"):
         read_answers(whole, "policy", 0.8, 2)
+
+
+def test_questions_with_a_temperature_of_their_own_are_answered_at_it(whole, folder, tmp_path):
+    own = {question.id: (0.0, 0.8)[place % 2] for place, question in enumerate(QUESTIONS)}
+    artifact = answer(tmp_path / "store", source(folder), own=own)
+    rows = artifact.scan().collect()
+    assert dict(rows.select("question_id", "temperature").unique().iter_rows()) == own
+    assert rows.group_by("question_id").agg(pl.col("sample").n_unique()).sort("question_id")[
+        "sample"
+    ].to_list() == [1, 2, 1, 2, 1, 2, 1, 2, 1]
+    for sample in (0, 1):
+        found = read_answers(artifact, "policy", None, sample)
+        for name, temperature in own.items():
+            # The same answers as at a temperature for all.
+            assert found.turns[name] == read_answers(whole, "", temperature, sample).turns[name]
 
 
 def test_the_model_is_loaded_for_missing_shards_alone(whole, folder, tmp_path):

@@ -100,6 +100,14 @@ def test_short_runs_are_not_smoothed(steps: int) -> None:
     assert "too few to smooth" in report.reading
 
 
+@pytest.mark.parametrize("steps", [3, 7])
+def test_each_step_of_a_short_run_is_marked_once(steps: int) -> None:
+    """Vega's own ticks for 1 to 3 are halves, of which whole numbers would be 1, 2, 2, 3, 3."""
+    report = draw(example_report(training=training_log(steps)))
+    labels = re.findall(r">([^<>]+)</text>", report.curves[0].svg)
+    assert labels[: labels.index("step")] == [str(n) for n in range(1, steps + 1)]
+
+
 def test_no_curves_need_no_reading() -> None:
     assert draw(example_report(training=pl.DataFrame({"step": [1, 2]}))).reading == ""
 
