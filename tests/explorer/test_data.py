@@ -1,7 +1,9 @@
 """The explorer's answers beside plain polars over the same tables, and hostile text."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -224,3 +226,10 @@ def test_neuronpedias_pages_are_those_of_released_saes():
     assert page_of(by_l0, 7) == page_of(canonical, 7)
     for other in (None, "recipes/data/sae", "no-such-release:x"):
         assert page_of(other, 7) is None
+
+
+def test_the_notebooks_lines_in_the_docs_run(browsed, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "explorer.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = code.replace('"fpo-store"', repr(str(browsed))).replace('"quickstart"', '"tiny"')
+    exec(compile(code, "docs/explorer.md", "exec"), {})
