@@ -232,4 +232,4 @@ def test_the_notebooks_lines_in_the_docs_run(browsed, capsys):
     text = (Path(__file__).parents[2] / "docs" / "explorer.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     code = code.replace('"fpo-store"', repr(str(browsed))).replace('"quickstart"', '"tiny"')
-    exec(compile(code, "docs/explorer.md", "exec"), {})
+    exec(compile(code, "docs/explorer.md", "exec"), {})  # noqa: S102
