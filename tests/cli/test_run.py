@@ -343,8 +343,9 @@ def test_plan_says_what_would_run(fpo, finished_run):
     result = fpo("plan", finished_run.recipe, "--store", finished_run.store, "--set", "train.lr=1")
     assert result.code == 0
     table = result.out.partition("estimates")[0].splitlines()
-    actions = [line.split()[1] for line in table if "/" in line and "│" not in line]
-    assert actions[-5:] == ["reuse", "reuse", "reuse", "compute", "compute"]
+    actions = [line.split()[1] for line in table if re.match(r" \S+ +\S+ +\S+/", line)]
+    assert actions == ["reuse", "reuse", "reuse", "compute", "compute"]
+    assert "train: train.lr 0.001 -> 1 (against policy/" in " ".join(result.out.split())
 
 
 def test_plan_works_without_the_hub(fpo, tmp_path):
