@@ -345,7 +345,7 @@ def test_plan_says_what_would_run(fpo, finished_run):
     table = result.out.partition("estimates")[0].splitlines()
     actions = [line.split()[1] for line in table if re.match(r" \S+ +\S+ +\S+/", line)]
     assert actions == ["reuse", "reuse", "reuse", "compute", "compute"]
-    assert "train: train.lr 0.001 -> 1 (against policy/" in " ".join(result.out.split())
+    assert "train: train.lr 0.001 -> 1.0 (against policy/" in " ".join(result.out.split())
 
 
 def test_plan_works_without_the_hub(fpo, tmp_path):
