@@ -13,6 +13,7 @@ waiting alone: shards times seconds over workers.
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -68,8 +69,8 @@ def main() -> None:
 
 
 def _fan_out(shards: int, seconds: float, workers: int) -> None:
-    # Waiting takes no processor: a small share of one lets many shards wait at a time.
-    settings = InferenceSettings(runner="ray", workers=workers, cpus=1 / workers)
+    # Waiting takes no processor: with a small share of one for each, so many wait at a time.
+    settings = InferenceSettings(runner="ray", cpus=(os.cpu_count() or 1) / workers)
     todo = [Todo(shard, ("features",)) for shard in range(shards)]
     # The first shards of each process load it; what a run of hours does not notice is left out.
     started, first = time.perf_counter(), 0.0

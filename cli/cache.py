@@ -218,6 +218,57 @@ def diff(
     _give(frame if whole else frame.head(limit), title, as_json=as_json, parquet=parquet)
 
 
+@app.command("find")
+def find(
+    recipe: Annotated[
+        str, typer.Argument(help="Whose model and first SAE: a name or a .yaml file.")
+    ],
+    positive: Annotated[
+        Path,
+        typer.Option("--positive", help="Texts of the domain: a line each, or JSONL's `text`."),
+    ],
+    negative: Annotated[Path, typer.Option("--negative", help="Texts like them without it.")],
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Features.")] = 10,
+    group: Annotated[
+        Path | None,
+        typer.Option("--group", metavar="FILE", help="Write them there, as lines of a recipe."),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Of the group.")] = "found",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a setting; repeatable."),
+    ] = None,
+    store: StoreUrl = None,
+    as_json: AsJson = False,
+    parquet: AsParquet = None,
+) -> None:
+    """Find the features of a domain, by texts that have it and texts that do not.
+
+    A feature counts where it is among the strongest at single tokens of the positive texts more
+    often than of the negative ones, and its average activation agrees (the paper's Section 5.3).
+
+    \b
+    Example:
+      fpo cache find quickstart --positive lists.txt --negative prose.txt --group lists.yaml
+    """
+    from explorer.find import find_features, read_texts
+    from explorer.group import group_yaml
+    from explorer.labels import Labels
+    from explorer.store import ExploredStore, sae_of_run
+    from tasks.run import prepare_run
+
+    texts = [read_texts(path) for path in (positive, negative)]
+    run, _ = prepare_run(recipe, overrides or [], store, only="tokenize")
+    frame = find_features(run, *texts).head(limit)
+    labels = Labels(ExploredStore(run.store).store, sae_of_run(run))
+    named = [labels.text(one) for one in frame["feature"].to_list()]
+    frame = frame.insert_column(1, pl.Series("label", named, dtype=pl.String))
+    if group is not None and frame.height:
+        group.write_text(group_yaml(frame["feature"].to_list(), name), encoding="utf-8")
+    title = f"{frame.height} features of {positive.name}, not of {negative.name}"
+    _give(frame, title, as_json=as_json, parquet=parquet)
+
+
 @app.command("label")
 def label(
     cache: Cache,

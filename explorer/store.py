@@ -11,6 +11,7 @@ from typing import Any
 from explorer.cache import FeatureCache, SaeIdentity
 from explorer.errors import NotReadable, NotThere
 from explorer.tokenizer import find_detokenizer
+from fpo_core.sae.source import declared_width
 from storage.artifact import Artifact
 from storage.catalog import ArtifactInfo, list_artifacts
 from storage.lineage import input_artifacts
@@ -19,6 +20,7 @@ from storage.location import store_url
 from storage.runs import newest_run_of
 from storage.store import Store
 from tasks.plan import SCHEMA_VERSIONS
+from tasks.run import PipelineRun
 
 FEATURES = "features"
 
@@ -131,3 +133,15 @@ def _remedy(info: ArtifactInfo) -> str:
     if info.state == "partial":
         return "run its recipe again to finish it"
     return info.reason or "`fpo store repair` computes again what is damaged"
+
+
+def sae_of_run(run: PipelineRun) -> SaeIdentity:
+    """The first SAE of a recipe, whether it has a cache or not."""
+    recipe, planned = run.recipe, run.planned(FEATURES)
+    place = recipe.hookpoints[0]
+    width = declared_width(recipe.sae.source) if recipe.sae.source else None
+    trained = recipe.sae.train.d_sae if recipe.sae.train else 0
+    return SaeIdentity(
+        planned.inputs["sae"], recipe.sae.source, place.layer, place.site, width or trained,
+        recipe.model.source,
+    )  # fmt: skip
