@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from cli.audit import audit
 from cli.bench import app as bench_app
 from cli.browse import browse
 from cli.cache import app as cache_app
@@ -240,6 +241,7 @@ def make_tiny_gemma(
     logging.getLogger("fpo").info("made       %s", folder)
 
 
+app.command()(audit)
 app.command()(browse)
 app.command()(compare)
 app.command()(sweep)

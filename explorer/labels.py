@@ -50,6 +50,13 @@ class Labels:
         wanted = text.casefold()
         return {one for one, label in self._labels.items() if wanted in label.text.casefold()}
 
+    def groups(self) -> dict[str, list[int]]:
+        """The features of each label that several have."""
+        found: dict[str, list[int]] = {}
+        for feature, label in self._labels.items():
+            found.setdefault(label.text, []).append(feature)
+        return {text: features for text, features in found.items() if len(features) > 1}
+
     def __len__(self) -> int:
         return len(self._labels)
 

@@ -1,0 +1,94 @@
+"""``fpo audit``: what training moved, feature by feature."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import polars as pl
+import typer
+import yaml
+from rich.console import Console
+from rich.text import Text
+
+from cli.store import AsJson, StoreUrl
+from fpo_core.errors import FPOError
+
+
+def audit(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe or a .yaml file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="As of the run."),
+    ] = None,
+    groups: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--groups", metavar="FILE", help="Feature groups, as `fpo cache find --group` writes."
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Features shown.")] = 20,
+    store: StoreUrl = None,
+    as_json: AsJson = False,
+    parquet: Annotated[
+        Path | None,
+        typer.Option("--parquet", metavar="FILE", help="Write all features and sides there."),
+    ] = None,
+) -> None:
+    """What preference training moved: effect sizes of the SAE's features on held-out pairs.
+
+    Of each feature and side the mean change from reference to policy with its 95 % interval, the
+    effect size (change over its standard deviation), and q, the false discovery rate at which it
+    counts as moved. Groups are the recipe's, those of --groups, and features of one label.
+
+    \b
+    Examples:
+      fpo audit quickstart
+      fpo audit quickstart --set train.method=dpo --groups style.yaml --parquet moved.parquet
+    """
+    from cli.show import new_table, print_json
+    from explorer.labels import Labels
+    from explorer.store import sae_of_run
+    from tasks.audit import RATE, audit_run
+    from tasks.run import prepare_run
+
+    run, _ = prepare_run(recipe, overrides or [], store, only="tokenize")
+    labels = Labels(run.store, sae_of_run(run))
+    given = {name: one for path in groups or [] for name, one in _read_groups(path).items()}
+    found = audit_run(run, {**labels.groups(), **given})
+    named = [labels.text(one) for one in found.features["feature"].to_list()]
+    features = found.features.insert_column(1, pl.Series("label", named, dtype=pl.String))
+    if parquet is not None:
+        features.write_parquet(parquet)
+    if as_json:
+        print_json({"policy": found.policy, "pairs": found.pairs,
+                    "features": features.head(limit).to_dicts(),
+                    "groups": found.groups.to_dicts()})  # fmt: skip
+        return
+    console = Console()
+    moved = features.filter(pl.col("q") < RATE).height
+    console.print(Text(
+        f"{found.policy} on {found.pairs} held-out pairs: {moved:,} of {features.height:,} "
+        f"features and sides that fire moved (q < {RATE:g})"
+    ))  # fmt: skip
+    for frame in (found.groups, features.head(limit)):
+        if not frame.height:
+            continue
+        shown = frame.drop("p", "low", "high")
+        table = new_table(*shown.columns, "95 % interval")
+        for row, low, high in zip(shown.iter_rows(), frame["low"], frame["high"], strict=True):
+            table.add_row(*(Text(_cell(one)) for one in row), f"{low:+.3g} to {high:+.3g}")
+        console.print(table)
+
+
+def _read_groups(path: Path) -> dict[str, list[int]]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return {one["name"]: [int(n) for n in one["features"]] for one in found["train"]["groups"]}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise FPOError(
+            f"{path.name}: no feature groups; it is to have train.groups with name and features, "
+            f"as `fpo cache group` prints them"
+        ) from error
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

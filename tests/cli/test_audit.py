@@ -1,0 +1,55 @@
+"""``fpo audit`` on a finished run: what its evaluation says of the same features, and mistakes."""
+
+import json
+
+import polars as pl
+import pytest
+
+
+@pytest.fixture
+def audit(fpo, finished_run):
+    def call(*arguments: object):
+        return fpo("audit", finished_run.recipe, "--store", finished_run.store, *arguments)
+
+    return call
+
+
+def test_the_means_are_the_evaluations(audit, finished_run, tmp_path):
+    done = audit("--parquet", tmp_path / "moved.parquet")
+    assert done.code == 0, done.err
+    assert "on 6 held-out pairs" in done.out
+    found = pl.read_parquet(tmp_path / "moved.parquet")
+    (path,) = finished_run.store.glob("artifacts/evaluation/*/data/features.parquet")
+    both = pl.read_parquet(path).join(
+        found.with_columns(pl.col("feature").cast(pl.Int64)), on=["feature", "side"], suffix="_here"
+    )
+    assert both.height == 40
+    for name in ("reference", "policy"):
+        assert both[f"{name}_here"].to_list() == pytest.approx(both[name].to_list(), abs=1e-5)
+    assert (found["low"] <= found["change"]).all()
+    assert (found["change"] <= found["high"]).all()
+    assert found["q"].is_between(0, 1).all()
+
+
+def test_groups_move_as_the_mean_of_their_features(audit, tmp_path):
+    groups = tmp_path / "groups.yaml"
+    groups.write_text("train:\n  groups:\n  - {name: three, features: [1, 4, 9]}\n")
+    told = json.loads(audit("--groups", groups, "--json", "-n", 500).out)
+    rows = {(row["feature"], row["side"]): row for row in told["features"]}
+    for group in told["groups"]:
+        members = [rows.get((feature, group["side"])) for feature in (1, 4, 9)]
+        change = sum(row["change"] for row in members if row) / 3
+        assert (group["group"], group["size"]) == ("three", 3)
+        assert group["change"] == pytest.approx(change, abs=1e-9)
+
+
+def test_mistakes_are_told(audit, fpo, finished_run, tmp_path):
+    other = audit("--set", "train.alpha=3")
+    assert (other.code, "is not trained yet" in other.err) == (1, True)
+    groups = tmp_path / "groups.yaml"
+    groups.write_text("train:\n  groups:\n  - {name: far, features: [96]}\n")
+    beyond = audit("--groups", groups)
+    assert "group far: feature 96 is not in this SAE, whose features are 0 to 95" in beyond.err
+    groups.write_text("[]")
+    none = audit("--groups", groups)
+    assert "groups.yaml: no feature groups" in none.err
