@@ -210,7 +210,7 @@ def copy(
 
     Verified on the way; a copy that was interrupted goes on where it stopped. Without names it
     takes every finished artifact. Refs and the records of runs that name them come along, and
-    without names the judgments, so that the other store pays for none again.
+    without names the judgments, so that the other store pays for none again, and the labels.
 
     \b
     Examples:
@@ -218,6 +218,7 @@ def copy(
       fpo store copy /data/fpo evaluation/b904 --store s3://team/fpo
     """
     from cli.show import print_copied, print_json
+    from explorer.labels import copy_labels
     from storage.catalog import find_artifact, list_artifacts
     from storage.copy import copy_artifact, copy_records, with_ancestors
     from storage.judgments import Judgments
@@ -233,6 +234,7 @@ def copy(
     copy_records(source, destination, [one.name for one in copied], move_refs=not artifacts)
     if not artifacts:
         Judgments(source.backend).copy_to(Judgments(destination.backend))
+        copy_labels(source, destination)
     if as_json:
         print_json([one._asdict() for one in copied])
     else:

@@ -122,6 +122,27 @@ class Labels:
         raise NotReadable("somebody else keeps changing the labels; try again")
 
 
+def copy_labels(source: Store, target: Store) -> int:
+    """Take along the labels of all SAEs; where both stores name a feature, the target's stays.
+
+    Returns:
+        How many labels came.
+    """
+    taken = 0
+    for entry in source.backend.list("labels/"):
+        ours = json.loads(source.backend.read(entry.key))
+        for _ in range(_ATTEMPTS):
+            found = target.backend.read_with_etag(entry.key)
+            there = json.loads(found[0])["labels"] if found else {}
+            new = {one: label for one, label in ours["labels"].items() if one not in there}
+            record = {**ours, "labels": {**there, **new}}
+            etag = found[1] if found else None
+            if not new or target.backend.replace(entry.key, json_bytes(record), etag):
+                taken += len(new)
+                break
+    return taken
+
+
 def _records(path: Path) -> list[dict[str, Any]]:
     try:
         data = path.read_bytes()

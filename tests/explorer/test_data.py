@@ -18,7 +18,7 @@ from explorer.errors import NotReadable, NotThere
 from explorer.features import FeatureQuery, feature_table, feature_view, token_values
 from explorer.group import group_yaml
 from explorer.index import open_index
-from explorer.labels import Labels
+from explorer.labels import Labels, copy_labels
 from explorer.neuronpedia import page_of
 from explorer.pairs import pair_list, pair_view
 from explorer.text import LONGEST, Detokenizer, visible
@@ -172,6 +172,17 @@ def test_labels_are_kept_in_the_store_and_found(explored, cache, tmp_path):
         export.write_text(content)
         with pytest.raises(NotReadable, match=message):
             again.import_neuronpedia(export)
+
+
+def test_labels_come_along_to_another_store_whose_own_stay(explored, cache, tmp_path):
+    here, there = Labels(explored.store, cache.sae), open_store(tmp_path / "other").store
+    for feature, text in ((20, "twenty"), (21, "one more")):
+        here.set(feature, text)
+    Labels(there, cache.sae).set(20, "theirs")
+    assert copy_labels(explored.store, there) == len(here) - 1
+    found = Labels(there, cache.sae)
+    assert (found.text(20), found.text(21)) == ("theirs", "one more")
+    assert copy_labels(explored.store, there) == 0
 
 
 @given(st.text())
