@@ -1,13 +1,16 @@
 """Two caches beside each other: of one SAE on two data sets, or of two SAEs on one."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import polars as pl
 
 from explorer.cache import FeatureCache
 from explorer.errors import NotReadable
-from explorer.index import FeatureIndex
+from explorer.index import Entries, FeatureIndex
 
 MATCHED = 1024  # features of each SAE that are matched, the densest ones
+BLOCK = 32_768  # responses at a time: 130 MB of each SAE
 
 
 def diff_caches(one: FeatureCache, other: FeatureCache) -> pl.DataFrame:
@@ -62,15 +65,10 @@ def match_features(
             f"{one.name} and {other.name} are of different pairs ({one.pairs.name}, "
             f"{other.pairs.name}): their features cannot be matched response by response"
         )
-    chosen, rows = [], []
-    for cache, its_index in ((one, index), (other, other_index)):
-        densest = cache.small_stats.sort(["density", "feature"], descending=[True, False])
-        features = densest.filter(pl.col("density") > 0)["feature"].head(MATCHED).to_numpy()
-        chosen.append(features)
-        rows.append(_standardized(its_index, features, 2 * one.n_pairs))
+    chosen = [_densest(cache) for cache in (one, other)]
     if not len(chosen[0]) or not len(chosen[1]):
         raise NotReadable("one of the caches has no feature that ever fires")
-    correlation = rows[0] @ rows[1].T
+    correlation = _correlation((index, other_index), chosen, 2 * one.n_pairs)
     best = correlation.argmax(1)
     frame = pl.DataFrame({
         "feature": chosen[0], "match": chosen[1][best],
@@ -79,12 +77,42 @@ def match_features(
     return frame.sort("correlation", descending=True)
 
 
-def _standardized(index: FeatureIndex, features: np.ndarray, responses: int) -> np.ndarray:
-    """Means over all responses [K, R], each row with mean 0 and length 1."""
-    dense = np.zeros((len(features), responses), dtype=np.float32)
-    for place, feature in enumerate(features):
-        found = index.entries(int(feature))
-        dense[place, found.rows] = found.values
-    dense -= dense.mean(1, keepdims=True)
-    length = np.linalg.norm(dense, axis=1, keepdims=True)
-    return dense / np.where(length > 0, length, 1)
+def _densest(cache: FeatureCache) -> np.ndarray:
+    ordered = cache.small_stats.sort(["density", "feature"], descending=[True, False])
+    return ordered.filter(pl.col("density") > 0)["feature"].head(MATCHED).to_numpy()
+
+
+def _correlation(
+    indexes: Sequence[FeatureIndex], chosen: Sequence[np.ndarray], responses: int
+) -> np.ndarray:
+    """Of the means of each two features [K, K'] over all responses, a block of them at a time."""
+    entries = [
+        [index.entries(int(feature)) for feature in features]
+        for index, features in zip(indexes, chosen, strict=True)
+    ]
+    sums, squares = ([np.zeros(len(features)) for features in chosen] for _ in range(2))
+    products = np.zeros((len(chosen[0]), len(chosen[1])))
+    for begin in range(0, responses, BLOCK):
+        size = min(BLOCK, responses - begin)
+        blocks = [_dense(found, begin, size) for found in entries]
+        for side, block in enumerate(blocks):
+            sums[side] += block.sum(1, dtype=np.float64)
+            squares[side] += np.einsum("kr,kr->k", block, block, dtype=np.float64)
+        products += blocks[0] @ blocks[1].T
+    means = [one / responses for one in sums]
+    spreads = [
+        np.sqrt(np.maximum(square / responses - mean**2, 0.0))
+        for square, mean in zip(squares, means, strict=True)
+    ]
+    covariance = products / responses - np.outer(*means)
+    scale = np.outer(*spreads)
+    return np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 1e-12)
+
+
+def _dense(found: Sequence[Entries], begin: int, size: int) -> np.ndarray:
+    """Means [K, size] of features over some responses in a row."""
+    block = np.zeros((len(found), size), dtype=np.float32)
+    for place, (rows, values) in enumerate(found):
+        part = slice(*np.searchsorted(rows, [begin, begin + size]))
+        block[place, rows[part] - begin] = values[part]
+    return block

@@ -7,6 +7,7 @@ import datetime as dt
 import gzip
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +64,8 @@ class Labels:
     def set(self, feature: int, text: str) -> None:
         """Name a feature; an empty text takes the name away."""
         now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-        self._change({feature: Label(" ".join(text.split())[:LONGEST], "hand", now)})
+        label = Label(" ".join(text.split())[:LONGEST], "hand", now)
+        self._change(lambda _labels: {feature: label})
 
     def import_neuronpedia(self, path: Path) -> int:
         """Take over the explanations of a Neuronpedia export; what was named by hand stays.
@@ -93,9 +95,15 @@ class Labels:
                     f"features are 0 to {self._sae.d_sae - 1}: is the export of another one?"
                 )
             found[feature] = Label(" ".join(text.split())[:LONGEST], "neuronpedia", now)
-        by_hand = {one for one, label in self._labels.items() if label.source == "hand"}
-        taken = {one: label for one, label in found.items() if one not in by_hand}
-        self._change(taken)
+        taken: dict[int, Label] = {}
+
+        def change(labels: dict[int, Label]) -> dict[int, Label]:
+            by_hand = {one for one, label in labels.items() if label.source == "hand"}
+            taken.clear()
+            taken.update((one, label) for one, label in found.items() if one not in by_hand)
+            return taken
+
+        self._change(change)
         return len(taken)
 
     def _read(self) -> tuple[dict[int, Label], str | None]:
@@ -103,14 +111,20 @@ class Labels:
         if found is None:
             return {}, None
         data, etag = found
-        labels = json.loads(data)["labels"]
-        return {int(feature): Label(**label) for feature, label in labels.items()}, etag
+        try:
+            labels = json.loads(data)["labels"]
+            return {int(feature): Label(**label) for feature, label in labels.items()}, etag
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise NotReadable(
+                f"the labels in {self._key} of the store are damaged ({error}): put the file "
+                f"right, or remove it to begin anew"
+            ) from error
 
-    def _change(self, changes: dict[int, Label]) -> None:
+    def _change(self, change: Callable[[dict[int, Label]], dict[int, Label]]) -> None:
         """Compare and swap: two people naming at once lose nothing."""
         for _ in range(_ATTEMPTS):
             labels, etag = self._read()
-            labels |= changes
+            labels |= change(labels)
             kept = {one: label for one, label in sorted(labels.items()) if label.text}
             record = {
                 "sae": self._sae.identity, "source": self._sae.source,

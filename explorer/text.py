@@ -10,6 +10,7 @@ _NEWLINE = "⏎"
 # Characters that show nothing, or change the direction of what is around them.
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 _REPLACEMENT = "\ufffd"
+_CHARACTER_TOKENS = 4  # a character has four bytes at most, and a token one at least
 
 
 def visible(text: str, longest: int = LONGEST) -> str:
@@ -64,15 +65,17 @@ class Detokenizer:
         if self._tokenizer is None:
             return [f"⟨{one}⟩" for one in ids]
         raw = [self._raw(one) for one in ids]
-        start = 0
+        free = 0  # the first token that is not part of a character yet
         for end, piece in enumerate(raw):
             if _REPLACEMENT not in piece:
-                start = end + 1
+                free = end + 1
                 continue
-            whole = self._decode(ids[start : end + 1])
-            if _REPLACEMENT not in whole:
-                raw[start : end + 1] = ["·"] * (end - start) + [whole]
-                start = end + 1
+            for start in range(max(free, end + 1 - _CHARACTER_TOKENS), end):
+                whole = self._decode(ids[start : end + 1])
+                if _REPLACEMENT not in whole:
+                    raw[start : end + 1] = ["·"] * (end - start) + [whole]
+                    free = end + 1
+                    break
         return [visible(piece) for piece in raw]
 
     def _raw(self, one: int) -> str:

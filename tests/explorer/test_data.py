@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from explorer import open_store
-from explorer.diff import diff_caches, match_features
+from explorer.diff import _correlation, diff_caches, match_features
 from explorer.errors import NotReadable, NotThere
 from explorer.features import FeatureQuery, feature_table, feature_view, token_values
 from explorer.group import group_yaml
@@ -149,6 +149,19 @@ def test_a_cache_beside_itself_differs_in_nothing_and_matches_itself(cache, inde
     assert fires["correlation"].to_list() == pytest.approx([1.0] * fires.height, abs=1e-4)
 
 
+@pytest.mark.parametrize("block", [7, 100])
+def test_correlations_of_features_are_numpys(cache, index, monkeypatch, block):
+    monkeypatch.setattr("explorer.diff.BLOCK", block)
+    features = np.array([3, 50, 57, 90])
+    dense = np.zeros((len(features), 36))
+    for place, feature in enumerate(features):
+        rows, values = index.entries(int(feature))
+        dense[place, rows] = values
+    found = _correlation((index, index), (features, features), 36)
+    varies = dense.std(1) > 0
+    np.testing.assert_allclose(found[np.ix_(varies, varies)], np.corrcoef(dense[varies]), atol=1e-4)
+
+
 def test_labels_are_kept_in_the_store_and_found(explored, cache, tmp_path):
     labels = Labels(explored.store, cache.sae)
     labels.set(7, "  money \n owed ")
@@ -196,6 +209,38 @@ def test_a_huge_token_and_a_missing_tokenizer():
     assert visible("x" * 100_000).endswith("… (+99,800)")
     none = Detokenizer(None, "not here")
     assert none.pieces([5, 6]) == ["⟨5⟩", "⟨6⟩"]
+
+
+def test_damaged_labels_are_said(browsed, cache, tmp_path):
+    shutil.copytree(browsed, tmp_path / "store")
+    store = open_store(tmp_path / "store").store
+    Labels(store, cache.sae).set(1, "one")
+    (file,) = (tmp_path / "store").glob("labels/*.json")
+    for content in ("{", "[]", '{"labels": {"x": {}}}'):
+        file.write_text(content)
+        with pytest.raises(NotReadable, match=f"labels/{file.name} of the store are damaged"):
+            Labels(store, cache.sae)
+
+
+def test_characters_of_several_tokens_are_joined_beside_broken_ones(tmp_path, monkeypatch):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE(
+        vocab={one: n for n, one in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))},
+        merges=[],
+    ))  # fmt: skip
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    detokenizer = Detokenizer(tmp_path)
+    broken = tokenizer.encode("é").ids[:1]
+    ids = [*broken, *tokenizer.encode("漢a𓀀").ids]
+    assert detokenizer.pieces(ids)[1:] == ["·", "·", "漢", "a", "·", "·", "·", "𓀀"]
+    decoded: list[int] = []
+    decode = detokenizer._decode
+    monkeypatch.setattr(detokenizer, "_decode", lambda ids: decoded.append(len(ids)) or decode(ids))
+    detokenizer.pieces(broken * 5000)
+    assert sum(decoded) < 15 * 5000  # of nothing but broken characters, it was quadratic
 
 
 def test_an_unreadable_tokenizer_is_said_and_ids_are_shown(tmp_path):
