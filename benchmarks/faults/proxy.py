@@ -101,7 +101,10 @@ class FaultyProxy:
         self._listener.close()
         with self._lock:
             left = dict(self._open)
+        # What a stall held back is still on its way: to be handed on before its sockets are shut.
+        stalled = bool(self.counts.get("stall"))
         for connection, thread in left.items():
+            thread.join(1.0 if stalled else 0.0)
             connection.wake()
             thread.join()
 
