@@ -75,12 +75,12 @@ def _fan_out(shards: int, seconds: float, workers: int) -> None:
     # The first shards of each process load it; what a run of hours does not notice is left out.
     started, first = time.perf_counter(), 0.0
     for done, _ in enumerate(fan_out(_SleepJob(seconds), todo, settings), 1):
-        if done == 2 * workers:
+        if done == workers:
             first = time.perf_counter()
     ended = time.perf_counter()
-    alone = (shards - 2 * workers) * seconds / workers
+    alone = (shards - workers) * seconds / workers
     print(f"{shards} shards of {seconds} s, {workers} at a time: {ended - started:.1f} s")
-    print(f"after the first {2 * workers}: {ended - first:.1f} s, the waiting alone {alone:.1f} s")
+    print(f"after the first {workers}: {ended - first:.1f} s, the waiting alone {alone:.1f} s")
     print(f"overhead: {(ended - first) / alone - 1:.1%}")
 
 

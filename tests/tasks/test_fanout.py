@@ -18,6 +18,7 @@ from prefect.client.orchestration import get_client
 
 from fpo_core.errors import FPOError
 from fpo_core.recipe.schema import InferenceSettings
+from tasks import fanout
 from tasks.cluster import RETRIES, Room, check_ray, ray_cluster
 from tasks.fanout import ShardDone, Todo, fan_out
 from tasks.features import features
@@ -160,7 +161,7 @@ class Failing(NamedTuple):
 
 @pytest.mark.slow
 def test_a_shard_that_kills_every_worker_ends_the_run(ray, tmp_path):
-    with pytest.raises(FPOError, match=f"shard 7: its Ray worker died {RETRIES + 1} times"):
+    with pytest.raises(FPOError, match=f"shard 7: the Ray worker died {RETRIES + 1} times"):
         list(fan_out(Failing(tmp_path), [Todo(7, ("die",))], OF_TWO))
     assert len((tmp_path / "deaths").read_text()) == RETRIES + 1
 
@@ -169,6 +170,39 @@ def test_a_shard_that_kills_every_worker_ends_the_run(ray, tmp_path):
 def test_a_mistake_of_ours_is_told_with_its_shard(ray, tmp_path):
     with pytest.raises(FPOError, match="shard 5 failed on its Ray worker: ZeroDivisionError: a mi"):
         list(fan_out(Failing(tmp_path), [Todo(5, ())], OF_TWO))
+
+
+class Short(NamedTuple):
+    """A job whose shards take no time and say their number as their tokens; the last one fails."""
+
+    last: int
+
+    def worker(self) -> "Short":
+        return self
+
+    def run(self, work: Todo) -> ShardDone:
+        if work.shard == self.last:
+            raise FPOError("it cannot be computed")
+        return ShardDone(work.shard, {})
+
+
+@pytest.mark.slow
+def test_short_shards_share_a_task_and_those_before_a_failed_one_are_kept(ray, monkeypatch):
+    sent: list[int] = []
+    submit = fanout._submit
+    monkeypatch.setattr(
+        fanout, "_submit", lambda *args: sent.append(len(args[-1])) or submit(*args)
+    )
+    last = 199
+    todo = [Todo(number, ()) for number in range(last + 1)]
+    done: list[int] = []
+    with pytest.raises(FPOError, match=f"shard {last}: it cannot be computed"):
+        done.extend(shard.tokens for shard in fan_out(Short(last), todo, OF_TWO))
+    assert sorted(done) == list(range(last))
+    assert sum(sent) == last + 1
+    assert (sent[:2], max(sent) > 20) == ([1, 1], True)
+    assert len(sent) < 40
+    assert sent[-1] == 1  # nobody is left with many at the end
 
 
 @pytest.mark.slow
