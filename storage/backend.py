@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import IO, NamedTuple, Protocol, TypeVar
 
 from storage.errors import StoreError
 
@@ -111,6 +111,10 @@ class Backend(Protocol):
 
     def fetch(self, key: str, record: FileRecord, on_bytes: BytesDone = not_shown) -> Path:
         """A local file with the object's bytes, checked; FileDamaged with the reason."""
+        ...
+
+    def open(self, key: str, record: FileRecord) -> IO[bytes]:
+        """The object, to read parts of it: checked by its size alone; FileDamaged if it differs."""
         ...
 
     def copy_to(self, key: str, record: FileRecord, path: Path) -> None:

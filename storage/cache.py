@@ -89,6 +89,17 @@ class ReadCache:
                 self._checked.add(record.sha256)
         return path
 
+    def opened(self, record: FileRecord) -> IO[bytes] | None:
+        """The file of that content, if it is here; unverified, and readable once it is dropped."""
+        try:
+            stream = self._object(record.sha256).open("rb")
+        except OSError:
+            return None
+        if os.fstat(stream.fileno()).st_size != record.bytes:
+            stream.close()
+            return None
+        return stream
+
     def view(self, name: str, files: Mapping[str, Path]) -> Path:
         """A folder with links to cached files under other names, for the life of this object."""
         folder = self.root / "views" / self._id / name

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from storage.backend import (
     BytesDone,
@@ -131,6 +132,18 @@ class LocalBackend:
             raise FileDamaged(reason)
         on_bytes(record.bytes)
         return self._path(key)
+
+    def open(self, key: str, record: FileRecord) -> IO[bytes]:
+        """See Backend."""
+        try:
+            stream = self._path(key).open("rb")
+        except FileNotFoundError:
+            raise FileDamaged("it is missing") from None
+        size = os.fstat(stream.fileno()).st_size
+        if size != record.bytes:
+            stream.close()
+            raise FileDamaged(f"it has {size} bytes, written were {record.bytes}")
+        return stream
 
     def copy_to(self, key: str, record: FileRecord, path: Path) -> None:
         """See Backend."""

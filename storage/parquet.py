@@ -31,6 +31,7 @@ def write_parquet(table: pa.Table, sink: Path | IO[bytes]) -> None:
         table, sink, compression="zstd", compression_level=COMPRESSION_LEVEL,
         row_group_size=ROW_GROUP_ROWS,
         use_dictionary=others, use_byte_stream_split=floats, write_page_index=True,
+        write_page_checksum=True,  # for who reads parts of a file, which the sha256 is not of
     )  # fmt: skip
 
 

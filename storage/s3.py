@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from botocore.exceptions import ClientError
 
@@ -33,6 +33,7 @@ from storage.s3_errors import (
     is_refused_precondition,
 )
 from storage.s3_files import S3Files
+from storage.s3_object import ObjectReader
 
 _MARK = "fpo-write"  # metadata of conditional writes, by which the writer knows its own
 
@@ -165,6 +166,13 @@ class S3Backend:
         return self._cache.get(
             record, lambda target: self._files.download(name, record, target, on_bytes)
         )
+
+    def open(self, key: str, record: FileRecord) -> IO[bytes]:
+        """See Backend. From the read cache where it is there; else what is read is fetched."""
+        cached = self._cache.opened(record)
+        if cached is not None:
+            return cached
+        return cast(IO[bytes], ObjectReader(self._bucket, self._key(key), record.bytes))
 
     def copy_to(self, key: str, record: FileRecord, path: Path) -> None:
         """See Backend. Past the read cache."""

@@ -1,0 +1,71 @@
+"""Parts of an artifact's shards: only what is asked for, checked, from a folder and from S3."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from storage.errors import ArtifactCorrupt
+from tests.storage.making import VERSION, make
+
+COLUMNS = ["pair_id", "chosen_logp"]
+FILE = f"artifacts/reference/{VERSION}/data/00001.parquet"
+
+
+@pytest.fixture
+def artifact(store, monkeypatch):
+    monkeypatch.setattr("storage.parquet.ROW_GROUP_ROWS", 2)  # of three rows: two groups
+    make(store)
+    return store.artifact("reference", VERSION)
+
+
+def test_rows_are_those_of_the_whole_table(artifact, place):
+    whole = stored(place).select(COLUMNS)
+    for start in range(3):
+        for stop in range(start + 1, 4):
+            part = artifact.rows("", 1, slice(start, stop), COLUMNS)
+            assert part.equals(whole.slice(start, stop - start))
+    assert artifact.rows("", 1, None, COLUMNS[:1]).equals(whole.select(COLUMNS[:1]))
+    artifact.table(shard=1)  # which fetches an object to where it is read from then on
+    assert place.open().artifact("reference", VERSION).rows("", 1, None, COLUMNS).equals(whole)
+
+
+def stored(place) -> pa.Table:
+    return pq.read_table(pa.BufferReader(place.read(FILE)))
+
+
+def test_a_missing_or_cut_file_is_told(artifact, place):
+    data = place.read(FILE)
+    place.write(FILE, data[:-1])
+    with pytest.raises(ArtifactCorrupt, match=r"00001\.parquet: it has \d+ bytes, written were"):
+        artifact.rows("", 1, slice(0, 1), COLUMNS)
+    place.remove(FILE)
+    with pytest.raises(ArtifactCorrupt, match=r"00001\.parquet: it is missing"):
+        artifact.rows("", 1, slice(0, 1), COLUMNS)
+
+
+def test_a_byte_changed_in_a_column_is_told(artifact, place):
+    """Any byte of a column, those of page headers included: the right rows, or the damage named."""
+    whole, data = stored(place).select(COLUMNS), place.read(FILE)
+    group = pq.ParquetFile(pa.BufferReader(data)).metadata.row_group(0)
+    columns = [group.column(number) for number in range(group.num_columns)]
+    (column,) = (one for one in columns if one.path_in_schema == "chosen_logp")
+    begin, size, told = column.data_page_offset, column.total_compressed_size, 0
+    for position in range(begin, begin + size):
+        damaged = bytearray(data)
+        damaged[position] ^= 0x10
+        place.write(FILE, bytes(damaged))
+        found = place.open().artifact("reference", VERSION)
+        try:
+            assert found.rows("", 1, None, COLUMNS).equals(whole)
+        except ArtifactCorrupt as error:
+            told += "00001.parquet" in str(error)
+    assert told > size / 2
+
+
+def test_of_an_object_only_the_parts_are_fetched(artifact, place, tmp_path):
+    if not place.url.startswith("s3:"):
+        pytest.skip("a folder's files are opened where they are")
+    artifact.rows("", 1, slice(0, 1), COLUMNS)
+    assert not [*(tmp_path / "cache").glob("store-files/files/??/*")]
+    artifact.table(shard=1)
+    assert len([*(tmp_path / "cache").glob("store-files/files/??/*")]) == 1
