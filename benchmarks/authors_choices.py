@@ -82,6 +82,7 @@ def padded_share(paper: PipelineRun) -> float:
 
 def discrepancy(paper: PipelineRun, policy_folder: Path) -> float:
     """Mean D of a policy on the held-out pairs, as the paper defines it."""
+    from fpo_core.evaluation.audit import Groups
     from fpo_core.evaluation.heldout import score_heldout
     from fpo_core.models.load import load_model, prepare_cpu
     from fpo_core.sae.coder import AttachedSae
@@ -100,7 +101,8 @@ def discrepancy(paper: PipelineRun, policy_folder: Path) -> float:
     )  # fmt: skip
     scores = score_heldout(
         load_model(policy_folder, **options), reference, examples, sae,
-        k=recipe.train.k, tokens_per_batch=recipe.resources.tokens_per_batch,
+        Groups({}, sae.coder.d_sae), k=recipe.train.k,
+        tokens_per_batch=recipe.resources.tokens_per_batch,
     )  # fmt: skip
     return float(scores.discrepancy.mean())
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cli.store import AsJson, StoreUrl
-from fpo_core.errors import FPOError
+from fpo_core.errors import FPOError, UsageError
 
 
 def audit(
@@ -23,6 +23,12 @@ def audit(
         list[Path] | None,
         typer.Option(
             "--groups", metavar="FILE", help="Feature groups, as `fpo cache find --group` writes."
+        ),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against", metavar="GROUP:GROUP", help="And how two groups moved apart; repeatable."
         ),
     ] = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Features shown.")] = 20,
@@ -43,17 +49,20 @@ def audit(
     Examples:
       fpo audit quickstart
       fpo audit quickstart --set train.method=dpo --groups style.yaml --parquet moved.parquet
+      fpo audit quickstart --groups style.yaml --groups content.yaml --against style:content
     """
     from cli.show import new_table, print_json
     from explorer.labels import Labels
     from explorer.store import sae_of_run
-    from tasks.audit import RATE, audit_run
+    from fpo_core.evaluation.audit import RATE
+    from tasks.audit import audit_run
     from tasks.run import prepare_run
 
     run, _ = prepare_run(recipe, overrides or [], store, only="tokenize")
     labels = Labels(run.store, sae_of_run(run))
     given = {name: one for path in groups or [] for name, one in _read_groups(path).items()}
-    found = audit_run(run, {**labels.groups(), **given})
+    apart = [_two_groups(one) for one in against or []]
+    found = audit_run(run, {**labels.groups(), **given}, apart)
     named = [labels.text(one) for one in found.features["feature"].to_list()]
     features = found.features.insert_column(1, pl.Series("label", named, dtype=pl.String))
     if parquet is not None:
@@ -88,6 +97,13 @@ def _read_groups(path: Path) -> dict[str, list[int]]:
             f"{path.name}: no feature groups; it is to have train.groups with name and features, "
             f"as `fpo cache group` prints them"
         ) from error
+
+
+def _two_groups(text: str) -> tuple[str, str]:
+    one, colon, other = text.partition(":")
+    if not colon:
+        raise UsageError(f"--against {text}: give two groups as ONE:OTHER")
+    return one, other
 
 
 def _cell(value: Any) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import polars as pl
 import pyarrow.compute as pc
 
@@ -14,8 +13,6 @@ from tasks.offline import attached_coder, read_pair_ids
 from tasks.run import PipelineRun
 from tasks.transfer import local_folder
 
-RATE = 0.05  # false discovery rate at which a feature counts as moved
-
 
 class Audit(NamedTuple):
     """What training moved."""
@@ -23,21 +20,24 @@ class Audit(NamedTuple):
     policy: str  # artifact
     pairs: int
     features: pl.DataFrame  # a row a feature and side that ever fires; largest effects first
-    groups: pl.DataFrame  # the same of the groups' means; with ``size``
+    groups: pl.DataFrame  # the same of the groups' means, where there are any
 
 
-def audit_run(run: PipelineRun, groups: Mapping[str, Sequence[int]]) -> Audit:
+def audit_run(
+    run: PipelineRun, groups: Mapping[str, Sequence[int]], against: Sequence[tuple[str, str]] = ()
+) -> Audit:
     """Measure how the features of a recipe's first SAE moved between reference and policy.
 
     Args:
         run: a run whose policy is trained.
         groups: features by the name of a group, beside those of the recipe.
+        against: groups whose difference is told too.
 
     Raises:
-        FPOError: the policy is not trained, there are too few held-out pairs, or a group names a
-            feature that the SAE does not have.
+        FPOError: the policy is not trained, there are too few held-out pairs, or a group is none
+            of this SAE's.
     """
-    from fpo_core.evaluation.audit import SIDES, audit_moments, changes, discovery_rates
+    from fpo_core.evaluation.audit import Groups, audit_moments, audit_table, group_table
     from fpo_core.sae.coder import AttachedSae
 
     if run.missing("train"):
@@ -46,42 +46,23 @@ def audit_run(run: PipelineRun, groups: Mapping[str, Sequence[int]]) -> Audit:
             f"--set makes it"
         )
     recipe = run.recipe
-    groups = {**{group.name: group.features for group in recipe.train.groups}, **groups}
     prepare_cpu(recipe.resources.threads)
     options = {"dtype": recipe.model.dtype, "attention": recipe.model.attention,
                "device": inference_device()}  # fmt: skip
     policy = load_model(local_folder(run.artifact("train"), "model"), **options)
     reference = load_model(run.reference_folder(), **options)
     coder = attached_coder(run, reference, decoder=False).to(options["device"])
-    _check_groups(groups, coder.d_sae)
+    asked = Groups({**recipe.train.group_features, **groups}, coder.d_sae, against)
     pairs = _heldout(run)
     sae = AttachedSae(coder, recipe.hookpoints[0])
     with Progress("held-out pairs", total=len(pairs), unit="pair") as progress:
         moments, grouped = audit_moments(
-            policy, reference, pairs, sae, groups,
+            policy, reference, pairs, sae, asked,
             tokens_per_batch=recipe.resources.tokens_per_batch, on_pairs=progress.advance,
         )  # fmt: skip
-    both = [changes(moments, side) for side in (0, 1)]
-    fires = np.stack([(one.reference > 0) | (one.policy > 0) for one in both])
-    rates = discovery_rates(np.stack([one.p for one in both]), fires)
-    frames = []
-    for side, found in enumerate(both):
-        columns: dict[str, Any] = {"feature": np.arange(coder.d_sae, dtype=np.uint32)}
-        columns |= {**found._asdict(), "q": rates[side]}
-        frame = pl.DataFrame(columns).insert_column(1, pl.lit(SIDES[side]).alias("side"))
-        frames.append(frame.filter(pl.Series(fires[side])))
-    features = pl.concat(frames).sort(
-        [pl.col("q") >= RATE, pl.col("effect").abs(), "feature"], descending=[False, True, False]
+    return Audit(
+        run.planned("train").name, len(pairs), audit_table(moments), group_table(asked, grouped)
     )
-    names = list(groups)
-    of_groups = [
-        pl.DataFrame({"group": names, "size": [len(groups[n]) for n in names],
-                      **changes(grouped, side)._asdict()})
-        .insert_column(2, pl.lit(SIDES[side]).alias("side"))
-        for side in (0, 1)
-    ]  # fmt: skip
-    name = run.planned("train").name
-    return Audit(name, len(pairs), features, pl.concat(of_groups) if names else pl.DataFrame())
 
 
 def _heldout(run: PipelineRun) -> list[Any]:
@@ -94,14 +75,3 @@ def _heldout(run: PipelineRun) -> list[Any]:
             f"{len(pairs)} held-out pairs are too few for an interval; name more in data.heldout"
         )
     return pairs
-
-
-def _check_groups(groups: Mapping[str, Sequence[int]], d_sae: int) -> None:
-    for name, members in groups.items():
-        beyond = [feature for feature in members if not 0 <= feature < d_sae]
-        if beyond or not members:
-            raise FPOError(
-                f"group {name}: "
-                + (f"feature {beyond[0]} is not in this SAE, whose features are 0 to {d_sae - 1}"
-                   if beyond else "it has no features")
-            )  # fmt: skip

@@ -4,7 +4,6 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import polars as pl
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -37,6 +36,7 @@ def evaluate(run: PipelineRun) -> Outcome:
 
 
 def _evaluate(run: PipelineRun, writer: ArtifactWriter) -> Work:
+    from fpo_core.evaluation.audit import Groups, audit_table, group_table
     from fpo_core.evaluation.heldout import score_heldout
     from fpo_core.evaluation.metrics import answer_metrics, heldout_metrics, metric_record
     from fpo_core.evaluation.tables import read_answered
@@ -63,9 +63,10 @@ def _evaluate(run: PipelineRun, writer: ArtifactWriter) -> Work:
         local_shards(run.artifact("tokenize")), local_shards(run.artifact("reference")), [cache],
         run.recipe.train.k, "heldout",
     )  # fmt: skip
+    groups = Groups(run.recipe.train.group_features, sae.coder.d_sae)
     with Progress("held-out pairs", total=len(examples), unit="pair") as progress:
         scores = score_heldout(
-            policy, reference, examples, sae,
+            policy, reference, examples, sae, groups,
             k=run.recipe.train.k, tokens_per_batch=run.recipe.resources.tokens_per_batch,
             on_pairs=progress.advance,
         )  # fmt: skip
@@ -75,11 +76,14 @@ def _evaluate(run: PipelineRun, writer: ArtifactWriter) -> Work:
         answered = read_answered(pl.DataFrame(answers))
         metrics += answer_metrics(answered, settings.bootstrap, settings.seed)
     records = [metric_record(metric) for metric in metrics]
+    audit = audit_table(scores.features)
     scratch = writer.scratch()
     for name, frame in (
         ("pairs", _pair_frame(scores)),
         ("answers", pl.DataFrame(answers)),
-        ("features", _moved_features(run, scores, tokenizer)),
+        ("audit", audit),
+        ("groups", group_table(groups, scores.groups)),
+        ("features", _moved_features(run, audit, tokenizer)),
     ):
         path = scratch / f"{name}.parquet"
         frame.write_parquet(path)
@@ -162,24 +166,16 @@ def _pair_frame(scores: "HeldoutScores") -> pl.DataFrame:
     return pl.DataFrame(columns)
 
 
-def _moved_features(run: PipelineRun, scores: "HeldoutScores", tokenizer: Any) -> pl.DataFrame:
+def _moved_features(run: PipelineRun, audit: pl.DataFrame, tokenizer: Any) -> pl.DataFrame:
     """The features whose mean pooled activation moved most, on either side, and where they fire."""
-    rows = []
-    for side, name in enumerate(("chosen", "rejected")):
-        moved = scores.policy_means[side] - scores.reference_means[side]
-        for feature in np.argsort(-np.abs(moved), kind="stable")[:MOVED_FEATURES]:
-            rows.append(
-                {
-                    "feature": int(feature),
-                    "side": name,
-                    "reference": float(scores.reference_means[side][feature]),
-                    "policy": float(scores.policy_means[side][feature]),
-                }
-            )
-    tokens = firing_tokens(run, {row["feature"] for row in rows})
-    for row in rows:
-        row["tokens"] = [tokenizer.decode([token]) for token in tokens[row["feature"]]]
-    return pl.DataFrame(rows, schema_overrides={"tokens": pl.List(pl.String)})
+    by_size = audit.sort(pl.col("change").abs(), "feature", descending=[True, False])
+    moved = pl.concat(
+        by_size.filter(pl.col("side") == side).head(MOVED_FEATURES)
+        for side in ("chosen", "rejected")
+    )
+    tokens = firing_tokens(run, set(moved["feature"].to_list()))
+    shown = [[tokenizer.decode([one]) for one in tokens[feature]] for feature in moved["feature"]]
+    return moved.with_columns(tokens=pl.Series(shown, dtype=pl.List(pl.String)))
 
 
 def firing_tokens(run: PipelineRun, features: set[int]) -> dict[int, list[int]]:

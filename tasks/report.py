@@ -4,12 +4,15 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import yaml
 
+from fpo_core.evaluation.audit import RATE
 from fpo_core.report.model import (
     FeatureShift,
+    GroupShift,
     Interval,
     MetricRow,
     RunReport,
@@ -84,6 +87,8 @@ def gather(run: PipelineRun, outcomes: Mapping[str, Outcome]) -> RunReport:
         training=pl.read_parquet(policy.path("metrics.parquet")),
         metrics=tuple(_metric(record) for record in metrics),
         features=_features(run),
+        groups=_groups(run),
+        moved=_moved(run),
         samples=tuple(
             Sample(r["prompt"], r["before"], r["after"], r["before_stop"], r["after_stop"])
             for r in answers
@@ -130,11 +135,25 @@ def _metric(record: dict) -> MetricRow:
 
 def _features(run: PipelineRun) -> tuple[FeatureShift, ...]:
     moved = pl.read_parquet(run.artifact("evaluate").path("features.parquet"))
-    moved = moved.sort((pl.col("policy") - pl.col("reference")).abs(), descending=True)
-    moved = moved.head(SHOWN_FEATURES)
+    moved = moved.sort(pl.col("change").abs(), descending=True).head(SHOWN_FEATURES)
     return tuple(
-        FeatureShift(
-            row["feature"], row["side"], row["reference"], row["policy"], tuple(row["tokens"])
-        )
+        FeatureShift(row["feature"], row["side"], **_shift(row), tokens=tuple(row["tokens"]))
         for row in moved.to_dicts()
-    )  # fmt: skip
+    )
+
+
+def _groups(run: PipelineRun) -> tuple[GroupShift, ...]:
+    groups = pl.read_parquet(run.artifact("evaluate").path("groups.parquet"))
+    return tuple(
+        GroupShift(row["group"], row["size"], row["side"], **_shift(row))
+        for row in groups.to_dicts()
+    )
+
+
+def _shift(row: dict[str, Any]) -> dict[str, float]:
+    return {name: row[name] for name in ("reference", "policy", "low", "high", "effect")}
+
+
+def _moved(run: PipelineRun) -> tuple[int, int]:
+    audit = pl.read_parquet(run.artifact("evaluate").path("audit.parquet"), columns=["q"])
+    return int((audit["q"] < RATE).sum()), audit.height

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fpo_core.data.batches import PairBatch, batches_by_length, collate
+from fpo_core.evaluation.audit import Groups, Moments, MomentSums
 from fpo_core.features.discrepancy import Responses, feature_discrepancy
 from fpo_core.features.pool import pool_features
 from fpo_core.logprobs import entropies, output_head, sum_by_response
@@ -19,7 +20,7 @@ from fpo_core.training.examples import Example
 
 
 class HeldoutScores(NamedTuple):
-    """Per-pair quantities [P, 2] (chosen, rejected) and the pooled features' means."""
+    """Per-pair quantities [P, 2] (chosen, rejected), and how far the pooled features moved."""
 
     pair_ids: list[str]
     tokens: np.ndarray  # scored tokens
@@ -29,8 +30,8 @@ class HeldoutScores(NamedTuple):
     policy_entropy: np.ndarray  # of the next-token distribution, summed over scored tokens, nats
     reference_entropy: np.ndarray
     discrepancy: np.ndarray  # feature discrepancy D (Eq. 10)
-    policy_means: np.ndarray  # [2, d_sae] mean pooled feature, chosen and rejected
-    reference_means: np.ndarray  # [2, d_sae]
+    features: Moments  # of the pooled features' changes
+    groups: Moments  # and of groups of them
 
     def by_pair(self) -> dict[str, np.ndarray]:
         """The quantities [P, 2], by name."""
@@ -46,6 +47,7 @@ def score_heldout(
     reference: Any,
     examples: list[Example],
     sae: AttachedSae,
+    groups: Groups,
     *,
     k: int,
     tokens_per_batch: int,
@@ -58,13 +60,14 @@ def score_heldout(
         reference: the model it started from (live, for the KL; its log-probs come from the cache).
         examples: held-out pairs with their cached reference side.
         sae: the SAE that the examples' first cache is of.
+        groups: features whose mean is followed.
         k: top-k of the discrepancy.
         tokens_per_batch: most tokens a forward pass, padding included.
         on_pairs: told how many pairs were done after each batch.
     """
     count, coder = len(examples), sae.coder
     scored = {name: np.zeros((count, 2)) for name in BY_PAIR}
-    means = np.zeros((2, 2, coder.d_sae))  # model, side, feature
+    features, grouped = MomentSums(coder.d_sae), MomentSums(len(groups.names))
     heads = output_head(policy), output_head(reference)
     for rows in batches_by_length([e.ids.length for e in examples], tokens_per_batch):
         group = [examples[row] for row in rows]
@@ -90,13 +93,14 @@ def score_heldout(
         }
         for name, values in found.items():
             scored[name][rows] = values.reshape(-1, 2).cpu()
-        for model, activations in enumerate((out.activations[0], ref.activations[0])):
-            pooled = pool_features(coder, activations, batch.response, batch.lengths).cpu()
-            means[model, 0] += pooled[0::2].sum(0).numpy()
-            means[model, 1] += pooled[1::2].sum(0).numpy()
+        pooled = [
+            pool_features(coder, x, batch.response, batch.lengths).cpu().double().numpy()
+            for x in (ref.activations[0], out.activations[0])
+        ]
+        features.add(*pooled)
+        grouped.add(*map(groups.means, pooled))
         on_pairs(len(rows))
-    means /= count
     return HeldoutScores(
         [example.ids.pair_id for example in examples], **scored,
-        policy_means=means[0], reference_means=means[1],
+        features=features.moments(), groups=grouped.moments(),
     )  # fmt: skip

@@ -7,14 +7,13 @@ mean over their rows, so a comparison of two policies starts from them and not f
 import numpy as np
 import polars as pl
 
+from fpo_core.evaluation.audit import SIDES, MomentSums
 from fpo_core.evaluation.heldout import BY_PAIR, HeldoutScores
 from fpo_core.evaluation.metrics import Answered
 
-SIDES = ("chosen", "rejected")
-
 
 def read_heldout(pairs: pl.DataFrame) -> HeldoutScores:
-    """The scores of ``pairs.parquet``; it has no means of features, which are empty here.
+    """The scores of ``pairs.parquet``; it has no features, which are none here.
 
     Args:
         pairs: a row a held-out pair, with each quantity's ``_chosen`` and ``_rejected``.
@@ -23,10 +22,8 @@ def read_heldout(pairs: pl.DataFrame) -> HeldoutScores:
         name: pairs.select(f"{name}_{side}" for side in SIDES).to_numpy().astype(np.float64)
         for name in BY_PAIR
     }
-    empty = np.zeros((2, 0))
-    return HeldoutScores(
-        pairs["pair_id"].to_list(), **found, policy_means=empty, reference_means=empty
-    )
+    none = MomentSums(0).moments()
+    return HeldoutScores(pairs["pair_id"].to_list(), **found, features=none, groups=none)
 
 
 def read_answered(answers: pl.DataFrame) -> Answered:

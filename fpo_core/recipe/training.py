@@ -149,6 +149,11 @@ class TrainSettings(OptimizerSettings):
         return self
 
     @property
+    def group_features(self) -> dict[str, tuple[int, ...]]:
+        """The groups' features, by the group's name."""
+        return {group.name: group.features for group in self.groups}
+
+    @property
     def pinned(self) -> tuple[int, ...]:
         """The groups' features, each once, ascending: the cache holds all their values."""
         return tuple(sorted({feature for group in self.groups for feature in group.features}))

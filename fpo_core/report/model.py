@@ -53,13 +53,34 @@ class MetricRow:
 
 @dataclass(frozen=True)
 class FeatureShift:
-    """One SAE feature's mean pooled activation on held-out answers, before and after."""
+    """One SAE feature's mean pooled activation on held-out answers, before and after.
+
+    The change has the audit's 95 % t-interval, and its effect size: the mean of the answers'
+    changes over their standard deviation.
+    """
 
     feature: int
     side: Side
     reference: float
     policy: float
+    low: float
+    high: float
+    effect: float
     tokens: tuple[str, ...]  # that it is most active on, strongest first
+
+
+@dataclass(frozen=True)
+class GroupShift:
+    """The same of the mean over a feature group."""
+
+    group: str
+    size: int
+    side: Side
+    reference: float
+    policy: float
+    low: float
+    high: float
+    effect: float
 
 
 @dataclass(frozen=True)
@@ -86,6 +107,8 @@ class RunReport:
     training: pl.DataFrame  # one row a step; see ``charts`` for the columns it looks for
     metrics: tuple[MetricRow, ...]
     features: tuple[FeatureShift, ...]
+    groups: tuple[GroupShift, ...]
+    moved: tuple[int, int]  # features and sides that moved, of those that fire
     samples: tuple[Sample, ...]
     recipe_yaml: str
     notes: tuple[str, ...]

@@ -69,6 +69,7 @@ def _page(report: RunReport, drawn: Drawn, watched: tuple[Figure, ...]) -> str:
             compared=compared,
             facts=view.training_facts(report),
             features=view.feature_views(report.features),
+            groups=view.group_views(report.groups),
             open_samples=view.OPEN_SAMPLES,
             stops=view.STOPS,
             stages=view.stage_views(report.stages),

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from fpo_core.report.findings import (
     verdict,
     with_unit,
 )
-from fpo_core.report.model import FeatureShift, Interval, MetricRow, RunReport, StageRow
+from fpo_core.report.model import FeatureShift, GroupShift, Interval, MetricRow, RunReport, StageRow
 
 OPEN_SAMPLES = 12
 STOPS = {"end of turn": "ended by itself", "length": "cut off at the length limit"}
@@ -68,14 +69,16 @@ class MetricView(NamedTuple):
 
 
 class FeatureView(NamedTuple):
-    """A line of the table of features."""
+    """A line of the table of features, or of their groups."""
 
-    feature: int
+    name: str
     side: str
     before: str
     after: str
     change: str
-    tokens: tuple[str, ...]
+    interval: str
+    effect: str
+    tokens: tuple[str, ...] = ()
 
 
 class InputView(NamedTuple):
@@ -144,18 +147,38 @@ def clear_changes(report: RunReport) -> tuple[int, int]:
 
 
 def feature_views(shifts: tuple[FeatureShift, ...]) -> tuple[FeatureView, ...]:
-    """The table of features; all rows have the decimals that suit the largest change."""
+    """The table of features."""
+    return tuple(
+        line._replace(tokens=tuple(one.translate(VISIBLE_SPACE) or "∅" for one in shift.tokens))
+        for shift, line in zip(
+            shifts, _shift_lines(shifts, [f"#{one.feature}" for one in shifts]), strict=True
+        )
+    )
+
+
+def group_views(shifts: tuple[GroupShift, ...]) -> tuple[FeatureView, ...]:
+    """The table of groups."""
+    return _shift_lines(shifts, [f"{one.group} ({one.size} features)" for one in shifts])
+
+
+def _shift_lines(
+    shifts: Sequence[FeatureShift | GroupShift], names: Sequence[str]
+) -> tuple[FeatureView, ...]:
+    """All rows have the decimals that suit the largest change."""
     changes = [abs(shift.policy - shift.reference) for shift in shifts]
     decimals = human.decimals_for(max((c for c in changes if math.isfinite(c)), default=0)) + 1
+
+    def show(value: float, *, sign: bool = False) -> str:
+        return human.number(value, decimals, sign=sign)
+
     return tuple(
         FeatureView(
-            shift.feature, shift.side,
-            human.number(shift.reference, decimals),
-            human.number(shift.policy, decimals),
-            human.number(shift.policy - shift.reference, decimals, sign=True),
-            tuple(token.translate(VISIBLE_SPACE) or "∅" for token in shift.tokens),
+            name, shift.side, show(shift.reference), show(shift.policy),
+            show(shift.policy - shift.reference, sign=True),
+            f"{show(shift.low, sign=True)} to {show(shift.high, sign=True)}",
+            human.number(shift.effect, 2, sign=True),
         )
-        for shift in shifts
+        for name, shift in zip(names, shifts, strict=True)
     )  # fmt: skip
 
 

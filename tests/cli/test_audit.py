@@ -33,14 +33,23 @@ def test_the_means_are_the_evaluations(audit, finished_run, tmp_path):
 
 def test_groups_move_as_the_mean_of_their_features(audit, tmp_path):
     groups = tmp_path / "groups.yaml"
-    groups.write_text("train:\n  groups:\n  - {name: three, features: [1, 4, 9]}\n")
-    told = json.loads(audit("--groups", groups, "--json", "-n", 500).out)
+    groups.write_text(
+        "train: {groups: [{name: three, features: [1, 4, 9]}, {name: one, features: [2]}]}\n"
+    )
+    told = json.loads(audit("--groups", groups, "--against", "three:one", "--json", "-n", 500).out)
     rows = {(row["feature"], row["side"]): row for row in told["features"]}
-    for group in told["groups"]:
-        members = [rows.get((feature, group["side"])) for feature in (1, 4, 9)]
-        change = sum(row["change"] for row in members if row) / 3
-        assert (group["group"], group["size"]) == ("three", 3)
-        assert group["change"] == pytest.approx(change, abs=1e-9)
+    for side in ("chosen", "rejected"):
+        found = {row["group"]: row for row in told["groups"] if row["side"] == side}
+        assert {name: row["size"] for name, row in found.items()} == {
+            "three": 3, "one": 1, "three - one": 4,
+        }  # fmt: skip
+        three, one = (
+            sum(rows[feature, side]["change"] for feature in members if (feature, side) in rows)
+            / len(members)
+            for members in ((1, 4, 9), (2,))
+        )
+        assert found["three"]["change"] == pytest.approx(three, abs=1e-9)
+        assert found["three - one"]["change"] == pytest.approx(three - one, abs=1e-9)
 
 
 def test_mistakes_are_told(audit, fpo, finished_run, tmp_path):
@@ -50,6 +59,10 @@ def test_mistakes_are_told(audit, fpo, finished_run, tmp_path):
     groups.write_text("train:\n  groups:\n  - {name: far, features: [96]}\n")
     beyond = audit("--groups", groups)
     assert "group far: feature 96 is not in this SAE, whose features are 0 to 95" in beyond.err
+    alone = audit("--against", "a")
+    assert "--against a: give two groups as ONE:OTHER" in alone.err
+    absent = audit("--against", "a:b")
+    assert "there is no group 'a'; there are: none" in absent.err
     groups.write_text("[]")
     none = audit("--groups", groups)
     assert "groups.yaml: no feature groups" in none.err

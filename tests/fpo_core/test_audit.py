@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fpo_core.evaluation.audit import Moments, changes, discovery_rates
+from fpo_core.errors import FPOError
+from fpo_core.evaluation.audit import (
+    Groups,
+    Moments,
+    MomentSums,
+    audit_table,
+    changes,
+    discovery_rates,
+    group_table,
+)
 
 VALUES = st.floats(0, 50, width=32)
 
@@ -43,6 +52,35 @@ def test_what_never_changes_has_no_effect_and_what_always_does_an_endless_one():
     assert found.effect.tolist() == [0.0, 0.0, np.inf]
     assert found.p.tolist() == [1.0, 1.0, 0.0]
     assert (found.low[2], found.high[2]) == (1.0, 1.0)
+
+
+def test_of_one_response_there_is_no_interval():
+    one = moments_of(np.array([[1.0, 0.0]]), np.array([[3.0, 0.0]]))
+    table = audit_table(one)
+    assert table.select("feature", "side", "change", "p", "q").rows() == [
+        (0, "chosen", 2.0, 1.0, 1.0), (0, "rejected", 2.0, 1.0, 1.0),
+    ]  # fmt: skip
+    assert table["low"].is_nan().all()
+
+
+def test_groups_move_apart_by_the_difference_of_their_means():
+    rng = np.random.default_rng(0)
+    before, after = rng.random((2, 12, 6))
+    groups = Groups({"a": [0, 5], "b": [2]}, 6, [("a", "b")])
+    sums = MomentSums(3)
+    for rows in (slice(0, 4), slice(4, 12)):  # in two batches
+        sums.add(groups.means(before[rows]), groups.means(after[rows]))
+    table = group_table(groups, sums.moments())
+    assert table.select("group", "size", "side").rows()[:3] == [
+        ("a", 2, "chosen"), ("b", 1, "chosen"), ("a - b", 3, "chosen"),
+    ]  # fmt: skip
+    moved = (after - before)[1::2]
+    apart = moved[:, [0, 5]].mean(1) - moved[:, 2]
+    (row,) = table.filter(group="a - b", side="rejected").to_dicts()
+    expected = stats.ttest_1samp(apart, 0)
+    assert (row["change"], row["p"]) == pytest.approx((apart.mean(), expected.pvalue))
+    with pytest.raises(FPOError, match="there is no group 'c'; there are: a, b"):
+        Groups({"a": [0], "b": [2]}, 6, [("a", "c")])
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=30))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fpo_core.evaluation.audit import Groups
 from fpo_core.evaluation.heldout import BY_PAIR, score_heldout
 from fpo_core.generation.answers import Prompt, Sampling
 from fpo_core.generation.entropy import mean_entropy
@@ -25,7 +26,7 @@ from fpo_core.sae.quality import sae_quality
 from fpo_core.training.examples import Example
 from fpo_core.training.feature_shards import CachedSide, PooledFeatures
 from tests.other_device import DEVICE, other_device
-from tests.tiny import SAE_LAYER, make_model, make_tokenizer, save_sae
+from tests.tiny import D_SAE, SAE_LAYER, make_model, make_tokenizer, save_sae
 
 SETTINGS = FeatureSettings(cache_k=10, tokens_k=4, examples=3)
 SAES = {
@@ -101,7 +102,7 @@ def test_held_out_pairs_and_answers(device, pairs, tmp_path):
         policy, reference = (eager("llama", seed).to(name) for seed in (5, 0))
         scores = score_heldout(
             policy, reference, examples, AttachedSae(coder.to(name), Hookpoint(SAE_LAYER)),
-            k=4, tokens_per_batch=64,
+            Groups({"one": [1, 2]}, D_SAE), k=4, tokens_per_batch=64,
         )  # fmt: skip
         prompts = [
             Prompt(pair.pair_id, 0, temperature, 0, seed, (), pair.prompt)
@@ -123,9 +124,11 @@ def test_held_out_pairs_and_answers(device, pairs, tmp_path):
     expected, answers, entropies = measure("cpu")
     with device.context:
         found, on_device, found_entropies = measure(device.name)
-    for name in (*BY_PAIR, "policy_means", "reference_means"):
+    for name in BY_PAIR:
         assert isinstance(getattr(found, name), np.ndarray)
         close(getattr(found, name), getattr(expected, name))
+    for here, there in zip(found.features, expected.features, strict=True):
+        close(here, there)
     assert on_device == answers
     close(found_entropies, entropies)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fpo_core.evaluation.audit import Groups, MomentSums, audit_moments
 from fpo_core.evaluation.heldout import HeldoutScores, score_heldout
 from fpo_core.evaluation.metrics import METRICS, bootstrap_draws, estimate, heldout_metrics
 from fpo_core.generation.entropy import mean_entropy
@@ -39,13 +40,18 @@ def examples(pairs, sae):
     ]
 
 
+GROUPS = Groups({"one": [1, 2], "other": [7]}, D_SAE, [("one", "other")])
+
+
 def attached(sae):
     return AttachedSae(load_coder(sae), Hookpoint(SAE_LAYER))
 
 
 def test_scores_equal_the_plain_computation(examples, sae):
     policy, reference = make_model(seed=5), make_model()
-    found = score_heldout(policy, reference, examples, attached(sae), k=8, tokens_per_batch=40)
+    found = score_heldout(
+        policy, reference, examples, attached(sae), GROUPS, k=8, tokens_per_batch=40
+    )
     for row, example in enumerate(examples):
         for side, response in enumerate((example.ids.chosen, example.ids.rejected)):
             response = list(response)
@@ -57,7 +63,16 @@ def test_scores_equal_the_plain_computation(examples, sae):
                 assert entropy[row, side] == pytest.approx(want, rel=1e-4)
             kl = plain_kl(example.ids.prompt, response)
             assert found.kl[row, side] == pytest.approx(kl, rel=1e-3)
-    assert found.policy_means.shape == (2, D_SAE)
+    pairs = [example.ids for example in examples]
+    features, groups = audit_moments(
+        policy, reference, pairs, attached(sae), GROUPS, tokens_per_batch=40
+    )
+    np.testing.assert_allclose(found.features.policy, features.policy, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.groups.squares, groups.squares, rtol=1e-5, atol=1e-9)
+    assert found.features.responses == len(examples)
+    one, other, apart = found.groups.change.T
+    np.testing.assert_allclose(one, found.features.change[:, [1, 2]].mean(1), atol=1e-12)
+    np.testing.assert_allclose(apart, one - other, atol=1e-12)
     assert (found.discrepancy > 0).all()
 
 
@@ -84,7 +99,7 @@ def plain_kl(prompt, response) -> float:
 
 def test_the_reference_measured_against_itself_is_at_zero(examples, sae):
     found = score_heldout(
-        make_model(), make_model(), examples, attached(sae), k=8, tokens_per_batch=40
+        make_model(), make_model(), examples, attached(sae), GROUPS, k=8, tokens_per_batch=40
     )
     np.testing.assert_allclose(found.policy_logps, found.reference_logps, atol=1e-4)
     np.testing.assert_allclose(found.kl, 0, atol=1e-5)
@@ -101,7 +116,7 @@ def scores_by_hand() -> HeldoutScores:
         policy_entropy=np.array([[2.0, 8.0], [1.0, 6.0]]),
         reference_entropy=np.array([[4.0, 8.0], [2.0, 8.0]]),
         discrepancy=np.array([[0.1, 0.3], [0.5, 0.7]]),
-        policy_means=np.zeros((2, 3)), reference_means=np.zeros((2, 3)),
+        features=MomentSums(3).moments(), groups=MomentSums(0).moments(),
     )  # fmt: skip
 
 

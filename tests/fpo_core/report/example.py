@@ -5,6 +5,7 @@ import polars as pl
 
 from fpo_core.report.model import (
     FeatureShift,
+    GroupShift,
     Interval,
     MetricRow,
     RunReport,
@@ -130,7 +131,13 @@ def _features() -> tuple[FeatureShift, ...]:
         after = max(before + float(rng.normal(0, 0.5 / (1 + place / 3))), 0.0)
         side = "chosen" if place % 3 else "rejected"
         number = int(rng.integers(0, 16384))
-        rows.append(FeatureShift(number, side, before, after, tokens[place % 4]))
+        change = after - before
+        rows.append(
+            FeatureShift(
+                number, side, before, after, change - 0.1, change + 0.1, change / 0.3,
+                tokens[place % 4],
+            )
+        )  # fmt: skip
     rows.sort(key=lambda row: -abs(row.policy - row.reference))
     return tuple(rows)
 
@@ -203,6 +210,11 @@ def example_report(**changes: object) -> RunReport:
         "training": training_log(),
         "metrics": _metrics(),
         "features": _features(),
+        "groups": (
+            GroupShift("bullets", 6, "chosen", 0.444, 0.485, 0.034, 0.048, 1.62),
+            GroupShift("bullets", 6, "rejected", 0.362, 0.402, 0.034, 0.046, 1.76),
+        ),
+        "moved": (865, 5704),
         "samples": SAMPLES,
         "recipe_yaml": RECIPE,
         "notes": ("1 pair was dropped: its prompt is longer than data.max_prompt_length.",),

@@ -114,9 +114,9 @@ def test_no_curves_need_no_reading() -> None:
 
 def test_features_of_one_side_and_values_that_are_not_finite() -> None:
     shifts = (
-        FeatureShift(1, "chosen", 0.1, 0.4, ()),
-        FeatureShift(2, "chosen", NAN, 0.4, ()),
-        FeatureShift(3, "chosen", 0.0, 0.0, ()),
+        FeatureShift(1, "chosen", 0.1, 0.4, 0.2, 0.4, 1.0, ()),
+        FeatureShift(2, "chosen", NAN, 0.4, NAN, NAN, NAN, ()),
+        FeatureShift(3, "chosen", 0.0, 0.0, 0.0, 0.0, 0.0, ()),
     )
     (figure,) = draw(example_report(features=shifts)).features
     assert figure.name == "features_chosen"

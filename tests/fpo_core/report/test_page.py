@@ -10,7 +10,7 @@ import pytest
 
 from fpo_core.report import page
 from fpo_core.report.charts import CHART_NAMES
-from fpo_core.report.model import FeatureShift, Sample
+from fpo_core.report.model import FeatureShift, GroupShift, Sample
 from fpo_core.report.page import render
 from tests.fpo_core.report.example import NAN, example_report, metric, training_log
 
@@ -116,7 +116,8 @@ def test_text_from_data_stays_text(tmp_path: Path) -> None:
         recipe_name=evil, method=evil, title=evil, created=evil, git_commit=evil,
         recipe_yaml=f"</code></pre></details>{evil}", notes=(evil,),
         metrics=(metric(label=evil, description=evil, unit=evil),),
-        features=(FeatureShift(3, "chosen", 0.1, 0.2, (evil, "")),),
+        features=(FeatureShift(3, "chosen", 0.1, 0.2, 0.0, 0.2, 1.0, (evil, "")),),
+        groups=(GroupShift(evil, 2, "chosen", 0.1, 0.2, 0.0, 0.2, 1.0),),
         samples=(Sample(evil, evil, f"  two\n\tlines {evil}", evil, evil),),
         stages=tuple(
             type(row)(evil, f"{evil}/{row.version}", row.state, 1, 1, 1.0, {evil: evil})
@@ -149,6 +150,8 @@ def test_the_content_says_what_the_run_says(written: Path) -> None:
     assert "269 MB" in text
     assert "3 of 5 stages ran, in 14 min 27 s. 2 were reused" in text
     assert "␣maybe" in text
+    assert "Of 5,704 features and sides that fire, 865 moved" in text
+    assert re.search(r"bullets \(6 features\)\s*chosen\s*0\.444\d*\s*0\.485\d*\s*\+0\.041", text)
     assert "cut off at the length limit" in text
     assert "14 March 2026, 15:09 UTC" in text
     assert "empty answer" in text
@@ -159,7 +162,8 @@ def test_the_content_says_what_the_run_says(written: Path) -> None:
 
 def test_an_empty_run_says_so_and_leaves_no_chart(tmp_path: Path) -> None:
     empty = example_report(
-        stages=(), training=pl.DataFrame(), metrics=(), features=(), samples=(), notes=(),
+        stages=(), training=pl.DataFrame(), metrics=(), features=(), groups=(), moved=(0, 0),
+        samples=(), notes=(),
         git_commit=None, heldout_pairs=None, heldout=pl.DataFrame(),
     )  # fmt: skip
     _, parsed = read(render(empty, tmp_path))
