@@ -41,8 +41,10 @@ D_SAE, VOCABULARY = 16_384, 49_152
 PAIRS_PER_SHARD = 512
 PARTS = ("write", "merge")
 POOL = 65_536  # different tokens that the responses are made of
-INPUTS = {"of": "benchmarks.scale"}
-VERSION = artifact_version(stage="features", schema_version=0, recipe={}, inputs=INPUTS)
+RECIPE, OF = {"layer": 0, "site": "resid_post"}, {"of": "benchmarks.scale"}
+PAIRS_VERSION = artifact_version(stage="pairs", schema_version=0, recipe={}, inputs=OF)
+INPUTS = {"pairs": PAIRS_VERSION, "sae": "benchmarks.scale"}
+VERSION = artifact_version(stage="features", schema_version=0, recipe=RECIPE, inputs=INPUTS)
 
 
 def main() -> None:
@@ -93,7 +95,7 @@ def _measure(
             write(writer, responses, tokens, settings)
         else:
             stats = merge_statistics(writer, settings.examples)
-            writer.commit(Made(0, {}, INPUTS, stats, 0.0, {}))
+            writer.commit(Made(0, RECIPE, INPUTS, stats, 0.0, {}))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"seconds": time.monotonic() - started, "peak": peak}))
 

@@ -91,6 +91,9 @@ def feature(
     cache: Cache,
     number: Annotated[int, typer.Argument(metavar="FEATURE", help="Its index in the SAE.")],
     examples: Annotated[int, typer.Option("--examples", "-n", min=0, help="Shown.")] = 5,
+    logits: Annotated[
+        bool, typer.Option("--logits", help="And the tokens whose logits it raises and lowers.")
+    ] = False,
     store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> None:
@@ -98,22 +101,24 @@ def feature(
 
     \b
     Example:
-      fpo cache feature quickstart 849
+      fpo cache feature quickstart 849 --logits
     """
     from cli.show import print_json
     from explorer import open_store
-    from explorer.features import feature_view
-    from explorer.index import open_index
+    from explorer.features import feature_histogram, feature_view
+    from explorer.index import open_feature_index, open_pair_index
     from explorer.labels import Labels
 
     opened = open_store(store)
     found = opened.features(cache)
     labels = Labels(opened.store, found.sae)
-    view = feature_view(found, open_index(found), number, examples, labels)
+    view = feature_view(found, open_pair_index(found), number, examples, labels)
+    histogram = feature_histogram(found, open_feature_index(found), number)
+    effect = _logits(opened, found, number) if logits else None
     if as_json:
-        histogram = {name: value for name, value in view.histogram._asdict().items()}
-        shown = {name: getattr(v, "tolist", lambda v=v: v)() for name, v in histogram.items()}
-        print_json({**view._asdict(), "histogram": shown})
+        numbers = histogram._asdict().items()
+        shown = {name: getattr(v, "tolist", lambda v=v: v)() for name, v in numbers}
+        print_json({**view._asdict(), "histogram": shown, "logits": effect})
         return
     console = Console()
     called = f": {view.label}" if view.label else ""
@@ -126,7 +131,7 @@ def feature(
     )
     if page := found.sae.neuronpedia_url(number):
         console.print(page)
-    _print_histogram(console, view.histogram)
+    _print_histogram(console, histogram)
     if found.detokenizer.note:
         console.print(found.detokenizer.note, highlight=False)
     for example in view.examples:
@@ -134,6 +139,12 @@ def feature(
         console.print(line + _shaded(example.pieces, example.value, example.position))
     tokens = ", ".join(f"{text.strip() or text!r} {count}" for text, count, _ in view.top_tokens)
     console.print(Text(f"at the tokens: {tokens}"))
+    if effect is not None:
+        for name, found_tokens in effect._asdict().items():
+            line = ", ".join(
+                f"{one.text.strip() or one.text!r} {one.effect:+.2g}" for one in found_tokens
+            )
+            console.print(Text(f"logits {name}: {line}"))
 
 
 @app.command("pairs")
@@ -147,11 +158,11 @@ def pairs(
 ) -> None:
     """The pairs of a cache."""
     from explorer import open_store
-    from explorer.index import open_index
+    from explorer.index import open_pair_index
     from explorer.pairs import pair_list
 
     found = open_store(store).features(cache)
-    rows = pair_list(found, open_index(found), offset, limit)
+    rows = pair_list(found, open_pair_index(found), offset, limit)
     frame = pl.DataFrame([row._asdict() for row in rows])
     _give(frame, f"{found.name}: {found.n_pairs:,} pairs", as_json=as_json, parquet=parquet)
 
@@ -169,14 +180,14 @@ def pair(
     """One pair: prompt, both responses, and the features in which they differ most."""
     from cli.show import new_table, print_json
     from explorer import open_store
-    from explorer.index import open_index
+    from explorer.index import open_pair_index
     from explorer.labels import Labels
     from explorer.pairs import pair_view
 
     opened = open_store(store)
     found = opened.features(cache)
     labels = Labels(opened.store, found.sae)
-    view = pair_view(found, open_index(found), pair_id, shade, labels)
+    view = pair_view(found, open_pair_index(found), pair_id, shade, labels)
     if as_json:
         print_json(view)
         return
@@ -205,14 +216,14 @@ def diff(
     """Two caches: of one SAE how its features changed; of two, on one set of pairs, which match."""
     from explorer import open_store
     from explorer.diff import diff_caches, match_features
-    from explorer.index import open_index
+    from explorer.index import open_feature_index
 
     opened = open_store(store)
     a, b = opened.features(one), opened.features(other)
     if a.sae.identity == b.sae.identity:
         frame, title = diff_caches(a, b), f"{b.name} against {a.name}"
     else:
-        frame = match_features(a, b, open_index(a), open_index(b))
+        frame = match_features(a, b, open_feature_index(a), open_feature_index(b))
         title = f"features of {b.name} that fire like those of {a.name}"
     whole = parquet is not None
     _give(frame if whole else frame.head(limit), title, as_json=as_json, parquet=parquet)
@@ -356,6 +367,12 @@ def _shaded(pieces: Any, top: float, marked: int | None) -> Text:
         bold = "bold " if piece.position == marked else ""
         line.append(piece.text, style=(bold + shade).strip() or None)
     return line
+
+
+def _logits(opened: Any, cache: Any, feature: int) -> Any:
+    from explorer.logits import LogitLens
+
+    return LogitLens(opened.store, cache).effect(feature)
 
 
 def _print_histogram(console: Console, histogram: Any) -> None:

@@ -10,6 +10,7 @@ from explorer.text import Detokenizer
 from storage.artifact import Artifact
 
 SMALL = ("feature", "density", "mean", "max", "mean_chosen", "mean_rejected")
+_DIFFERENCE = (pl.col("mean_chosen") - pl.col("mean_rejected")).alias("difference")
 
 
 class SaeIdentity(NamedTuple):
@@ -64,14 +65,13 @@ class FeatureCache:
 
     def stats(self) -> pl.LazyFrame:
         """``features/stats`` with ``difference``: mean on chosen less mean on rejected."""
-        return self.artifact.scan("stats").with_columns(
-            difference=pl.col("mean_chosen") - pl.col("mean_rejected")
-        )
+        return self.artifact.scan("stats").with_columns(_DIFFERENCE)
 
     @cached_property
     def small_stats(self) -> pl.DataFrame:
         """The same without examples, in memory: a few numbers a feature."""
-        return self.stats().select(*SMALL, "difference").collect()
+        frame = pl.DataFrame(self.artifact.rows("stats", 0, None, SMALL))
+        return frame.with_columns(_DIFFERENCE)
 
     def pooled(self) -> pl.LazyFrame:
         """``features/pooled``, two rows a pair."""

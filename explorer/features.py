@@ -1,15 +1,16 @@
 """Features of a cache: the table of all, and the page of one."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 
-from explorer.cache import FeatureCache
-from explorer.index import FeatureIndex
+from explorer.cache import SMALL, FeatureCache
+from explorer.index import FeatureIndex, PairIndex
 from explorer.labels import Labels
 from fpo_core.errors import UsageError
+from fpo_core.lists import lists_of
 
 SORTS = {
     "difference": "mean on chosen less mean on rejected",
@@ -22,6 +23,7 @@ SORTS = {
 }
 BINS = 24
 CONTEXT = 24  # tokens before and after an example's
+READERS = 4  # examples that are read at a time
 
 
 class FeatureQuery(NamedTuple):
@@ -76,7 +78,6 @@ class FeatureView(NamedTuple):
     feature: int
     label: str
     stats: dict[str, Any]
-    histogram: Histogram
     examples: tuple[Example, ...]
     top_tokens: tuple[tuple[str, int, float], ...]  # piece, times among the examples, strongest
 
@@ -112,28 +113,32 @@ def feature_table(
 
 
 def feature_view(
-    cache: FeatureCache, index: FeatureIndex, feature: int, examples: int = 10,
+    cache: FeatureCache, index: PairIndex, feature: int, examples: int = 10,
     labels: Labels | None = None,
 ) -> FeatureView:  # fmt: skip
-    """What there is to see of a feature.
+    """What there is to see of a feature; its distribution is ``feature_histogram``'s.
 
     Raises:
         NotThere: the SAE has no such feature.
     """
     cache.check_feature(feature)
-    stats = cache.artifact.shard_path(0, "stats")
-    table = pq.read_table(stats, filters=[("feature", "=", feature)])
-    row = table.to_pylist()[0]
+    columns = [*SMALL, "examples"]
+    row = cache.artifact.rows("stats", 0, slice(feature, feature + 1), columns).to_pylist()[0]
     strongest = row.pop("examples")[:examples]
     row["difference"] = row["mean_chosen"] - row["mean_rejected"]
-    found = tuple(_example(cache, index, feature, one) for one in strongest)
-    return FeatureView(
-        feature, labels.text(feature) if labels else "", row, _histogram(cache, index, feature),
-        found, _top_tokens(found),
-    )  # fmt: skip
+    with ThreadPoolExecutor(READERS) as pool:
+        found = tuple(pool.map(lambda one: _example(cache, index, feature, one), strongest))
+    label = labels.text(feature) if labels else ""
+    return FeatureView(feature, label, row, found, _top_tokens(found))
 
 
-def _histogram(cache: FeatureCache, index: FeatureIndex, feature: int) -> Histogram:
+def feature_histogram(cache: FeatureCache, index: FeatureIndex, feature: int) -> Histogram:
+    """How a feature's means are spread over the responses.
+
+    Raises:
+        NotThere: the SAE has no such feature.
+    """
+    cache.check_feature(feature)
     rows, values = index.entries(feature)
     top = float(values.max()) if len(values) else 1.0
     edges = np.linspace(0, top, BINS + 1)
@@ -143,13 +148,12 @@ def _histogram(cache: FeatureCache, index: FeatureIndex, feature: int) -> Histog
     return Histogram(edges, chosen, rejected, without)
 
 
-def _example(
-    cache: FeatureCache, index: FeatureIndex, feature: int, found: dict[str, Any]
-) -> Example:
+def _example(cache: FeatureCache, index: PairIndex, feature: int, found: dict[str, Any]) -> Example:
     position = found["position"]
     row = 2 * index.pair_number(found["pair_id"]) + (found["side"] == "rejected")
     start = max(0, position - CONTEXT)
-    ids = response_ids(cache, index, row)[start : position + CONTEXT + 1]
+    column = f"{found['side']}_ids"
+    ids = pair_columns(cache, index, row // 2, [column])[column][start : position + CONTEXT + 1]
     values = token_values(cache, index, row, feature)
     values[position] = found["value"]  # sampled token tables may leave it out
     pieces = cache.detokenizer.pieces(ids)
@@ -162,60 +166,37 @@ def _example(
     )  # fmt: skip
 
 
-def response_ids(cache: FeatureCache, index: FeatureIndex, row: int) -> list[int]:
-    """The token ids of a response, by its row in ``pooled``."""
-    column = "rejected_ids" if row % 2 else "chosen_ids"
-    return pair_columns(cache, index, row // 2, [column])[column]
-
-
 def pair_columns(
-    cache: FeatureCache, index: FeatureIndex, pair: int, columns: list[str]
+    cache: FeatureCache, index: PairIndex, pair: int, columns: list[str]
 ) -> dict[str, Any]:
-    """Some columns of one pair: only the row group that it is in is read."""
+    """Some columns of one pair, by its number."""
     shard, place = index.shard_of(2 * pair)
-    return _rows(cache.pairs.shard_path(shard), slice(place // 2, place // 2 + 1), columns)[0]
+    rows = slice(place // 2, place // 2 + 1)
+    return cache.pairs.rows("", shard, rows, columns).to_pylist()[0]
 
 
-def token_values(
-    cache: FeatureCache, index: FeatureIndex, row: int, feature: int
-) -> dict[int, float]:
+def token_values(cache: FeatureCache, index: PairIndex, row: int, feature: int) -> dict[int, float]:
     """A feature's stored activations in a response, by position."""
-    found = {}
-    for token in token_features(cache, index, row):
-        if feature in token["indices"]:
-            place = token["indices"].index(feature)
-            found[token["position"]] = token["values"][place]
-    return found
-
-
-def token_features(cache: FeatureCache, index: FeatureIndex, row: int) -> list[dict[str, Any]]:
-    """The rows of the token table that are of a response."""
     shard, _ = index.shard_of(row)
-    path, columns = cache.artifact.shard_path(shard, "tokens"), ["position", "indices", "values"]
+    rows = _token_rows(cache, index, row)
+    if rows.start == rows.stop:
+        return {}
+    table = cache.artifact.rows("tokens", shard, rows, ["position", "indices", "values"])
+    indices, values = lists_of(table, "indices"), lists_of(table, "values").values
+    positions = np.repeat(table["position"].to_numpy(), indices.lengths)
+    mine = indices.values == feature
+    return dict(zip(positions[mine].tolist(), values[mine].tolist(), strict=True))
+
+
+def _token_rows(cache: FeatureCache, index: PairIndex, row: int) -> slice:
+    """The rows of the shard's token table that are of a response."""
     if cache.artifact.manifest["recipe"].get("tokens_share", 1.0) >= 1:
-        return _rows(path, index.token_rows(row), columns)
-    pair_id, side = index_row(cache, index, row)
-    table = pq.read_table(
-        path, columns=columns, filters=[("pair_id", "=", pair_id), ("side", "=", side)]
-    )
-    return table.to_pylist()
-
-
-def index_row(cache: FeatureCache, index: FeatureIndex, row: int) -> tuple[str, str]:
-    """Pair id and side of a row of ``pooled``."""
-    pair_id = pair_columns(cache, index, row // 2, ["pair_id"])["pair_id"]
-    return pair_id, "rejected" if row % 2 else "chosen"
-
-
-def _rows(path: Any, rows: slice, columns: list[str]) -> list[dict[str, Any]]:
-    """Some rows of a Parquet file, of whose row groups only those are read that hold them."""
-    with pq.ParquetFile(path) as file:
-        ends = np.cumsum([file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)])
-        first = int(np.searchsorted(ends, rows.start, side="right"))
-        last = int(np.searchsorted(ends, rows.stop - 1, side="right"))
-        table = file.read_row_groups(list(range(first, last + 1)), columns)
-        begin = int(ends[first - 1]) if first else 0
-    return table.slice(rows.start - begin, rows.stop - rows.start).to_pylist()
+        return index.token_rows(row)
+    shard, _ = index.shard_of(row)
+    keys = pl.DataFrame(cache.artifact.rows("tokens", shard, None, ["pair_id", "side"]))
+    side = "rejected" if row % 2 else "chosen"
+    found = keys.with_row_index().filter(pair_id=index.pair_id(row // 2), side=side)["index"]
+    return slice(found[0], found[-1] + 1) if len(found) else slice(0, 0)
 
 
 def _top_tokens(examples: tuple[Example, ...]) -> tuple[tuple[str, int, float], ...]:

@@ -1,26 +1,29 @@
-"""The pooled table turned round: by feature, the responses where it is stored, and their means.
+"""What the tables do not answer at once: where a pair is, and where a feature fires.
 
-The tables are in the order of the pairs; "where does this feature fire" would read all of them.
-The index is files of flat arrays, made once for an artifact below ``FPO_CACHE`` and mapped into
-memory, so that a feature's entries are one slice:
+The tables are in the order of the pairs. Two indexes, made once for an artifact below ``FPO_CACHE``
+and mapped into memory, turn them round: that of the pairs is small and quick to make, that of the
+features holds every stored activation of ``pooled`` and takes a reading of it:
 
-    <FPO_CACHE>/index/<version>/offsets.npy   [F + 1] int64, where a feature's entries begin
-                                rows.npy      [M] uint32, row of ``pooled``: 2i chosen, 2i + 1 not
-                                values.npy    [M] float32, mean activation there
-                                shards.npy    [S + 1] int64, first row of each shard
-                                lengths.npy   [R] int32, scored tokens of each row
-                                pairs.npy     [P] uint64, pair ids as numbers, ascending
-                                places.npy    [P] uint32, number of each of these pairs
+    <FPO_CACHE>/index/<version>/pairs-1/shards.npy      [S + 1] int64, first row of each shard
+                                        lengths.npy     [R] int32, scored tokens of each row
+                                        pairs.npy       [P] uint64, pair ids as numbers, ascending
+                                        places.npy      [P] uint32, number of each of these pairs
+    <FPO_CACHE>/index/<version>/features-1/offsets.npy  [F + 1] int64, where a feature begins
+                                           rows         [M] uint32, row of ``pooled``: 2i chosen,
+                                                        2i + 1 rejected
+                                           values       [M] float32, mean activation there
 """
 
+import os
 import shutil
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from explorer.cache import FeatureCache
 from explorer.errors import NotThere
@@ -29,9 +32,9 @@ from fpo_core.progress import Progress
 from storage.cache import cache_folder
 from storage.locks import file_lock
 
-ARRAYS = ("offsets", "rows", "values", "shards", "lengths", "pairs", "places")
-FORMAT = 1
-COLUMNS = ["pair_id", "n_tokens", "indices", "values"]
+PAIRS, FEATURES = "pairs-1", "features-1"  # raised with the format
+READERS = 8  # shards whose small columns are read at a time
+ENTRIES_AT_A_TIME = 8 << 20  # of the index of features, in memory while it is made
 
 
 class Entries(NamedTuple):
@@ -41,28 +44,18 @@ class Entries(NamedTuple):
     values: np.ndarray
 
 
-class FeatureIndex:
-    """The arrays of a cache's index, mapped into memory.
+class PairIndex:
+    """Where pairs are, and how long their responses.
 
     Args:
         folder: of the finished index.
     """
 
     def __init__(self, folder: Path) -> None:
-        for name in ARRAYS:
-            setattr(self, name, np.load(folder / f"{name}.npy", mmap_mode="r"))
-        self.offsets: np.ndarray
-        self.rows: np.ndarray
-        self.values: np.ndarray
-        self.shards: np.ndarray
-        self.lengths: np.ndarray
-        self.pairs: np.ndarray
-        self.places: np.ndarray
-
-    def entries(self, feature: int) -> Entries:
-        """Where a feature is stored."""
-        part = slice(int(self.offsets[feature]), int(self.offsets[feature + 1]))
-        return Entries(self.rows[part], self.values[part])
+        self.shards, self.lengths, self.pairs, self.places = (
+            np.load(folder / f"{name}.npy", mmap_mode="r")
+            for name in ("shards", "lengths", "pairs", "places")
+        )
 
     def pair_number(self, pair_id: str) -> int:
         """The number of a pair in the order of the tables.
@@ -77,6 +70,10 @@ class FeatureIndex:
                 return int(self.places[place])
         raise NotThere(f"no pair {pair_id[:40]!r} in this cache; `fpo cache pairs` lists them")
 
+    def pair_id(self, number: int) -> str:
+        """The pair of a number, which ``pair_number`` takes."""
+        return f"{int(self.pairs[np.flatnonzero(self.places == number)[0]]):016x}"
+
     def shard_of(self, row: int) -> tuple[int, int]:
         """The shard that a row of ``pooled`` is in, and its place there."""
         shard = int(np.searchsorted(self.shards, row, side="right")) - 1
@@ -89,89 +86,139 @@ class FeatureIndex:
         return slice(first, first + int(self.lengths[row]))
 
 
-def index_folder(cache: FeatureCache) -> Path:
-    """Where a cache's index is kept."""
-    return cache_folder() / "index" / f"{cache.artifact.version}-{FORMAT}"
+class FeatureIndex:
+    """Where features are stored.
+
+    Args:
+        folder: of the finished index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.offsets = np.load(folder / "offsets.npy")
+        self._rows, self._values = (
+            np.memmap(folder / name, kind, "r") if self.offsets[-1] else np.empty(0, kind)
+            for name, kind in (("rows", np.uint32), ("values", np.float32))
+        )
+
+    def entries(self, feature: int) -> Entries:
+        """Where a feature is stored."""
+        part = slice(int(self.offsets[feature]), int(self.offsets[feature + 1]))
+        return Entries(self._rows[part], self._values[part])
 
 
-def has_index(cache: FeatureCache) -> bool:
-    """Whether the index is made."""
-    return (index_folder(cache) / "offsets.npy").is_file()
+def open_pair_index(cache: FeatureCache) -> PairIndex:
+    """The index of the pairs; made now where it is not there, by one process at a time."""
+    return PairIndex(_made(cache, PAIRS, _make_pairs))
 
 
-def open_index(cache: FeatureCache) -> FeatureIndex:
-    """The index of a cache; made now where it is not there, by one process at a time."""
-    folder = index_folder(cache)
-    if not has_index(cache):
+def open_feature_index(cache: FeatureCache) -> FeatureIndex:
+    """The index of the features; made now where it is not there, by one process at a time."""
+    return FeatureIndex(_made(cache, FEATURES, _make_features))
+
+
+def _made(cache: FeatureCache, name: str, make: Callable[[FeatureCache, Path], None]) -> Path:
+    folder = cache_folder() / "index" / cache.artifact.version / name
+    if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(folder.with_suffix(".lock"), lambda: None):
-            if not has_index(cache):
-                _make(cache, folder)
-    return FeatureIndex(folder)
+            if not folder.is_dir():
+                making = folder.with_suffix(".making")
+                shutil.rmtree(making, ignore_errors=True)
+                making.mkdir()
+                make(cache, making)
+                making.rename(folder)
+    return folder
 
 
-def _make(cache: FeatureCache, folder: Path) -> None:
-    making = folder.with_suffix(".making")
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir()
-    counts, shards, lengths, pairs = _count(cache)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    arrays = {
-        "shards": np.concatenate([[0], np.cumsum(shards)]), "lengths": np.concatenate(lengths),
-    }  # fmt: skip
-    numbers = np.concatenate(pairs)
-    arrays["places"] = np.argsort(numbers).astype(np.uint32)
-    arrays["pairs"] = numbers[arrays["places"]]
-    for name, array in arrays.items():
-        np.save(making / f"{name}.npy", array)
-    _fill(cache, making, offsets)
-    np.save(making / "offsets.npy", offsets)  # last: with it the index counts as there
-    shutil.rmtree(folder, ignore_errors=True)
-    making.rename(folder)
+def _make_pairs(cache: FeatureCache, folder: Path) -> None:
+    """From two columns of ``pooled``."""
+    artifact, ids, lengths = cache.artifact, [], []
+    shards = range(artifact.num_shards("pooled"))
+    with ThreadPoolExecutor(READERS) as pool, _progress("index of pairs", len(shards)) as progress:
+        read = pool.map(lambda n: artifact.rows("pooled", n, None, ["pair_id", "n_tokens"]), shards)
+        for table in read:
+            ids.append(np.array([int(one, 16) for one in table["pair_id"].to_pylist()[::2]], "u8"))
+            lengths.append(table["n_tokens"].to_numpy().astype(np.int32))
+            progress.advance(1)
+    numbers = np.concatenate(ids)
+    order = np.argsort(numbers).astype(np.uint32)
+    first_rows = np.concatenate([[0], np.cumsum([len(one) for one in lengths])])
+    np.save(folder / "shards.npy", first_rows)
+    np.save(folder / "lengths.npy", np.concatenate(lengths))
+    np.save(folder / "places.npy", order)
+    np.save(folder / "pairs.npy", numbers[order])
 
 
-def _count(
-    cache: FeatureCache,
-) -> tuple[np.ndarray, list[int], list[np.ndarray], list[np.ndarray]]:
-    """Entries of each feature; rows of each shard; lengths of rows; ids of pairs as numbers."""
+def _make_features(cache: FeatureCache, folder: Path) -> None:
+    """In one reading of ``pooled``; memory does not follow the data.
+
+    How often each feature is stored is known from the shards' statistics, so each has its place,
+    and what was read of some shards is sorted by feature and written there.
+    """
+    offsets = np.concatenate([[0], np.cumsum(_times_stored(cache))])
+    cursor = offsets[:-1].copy()
+    with ExitStack() as stack:
+        files = [stack.enter_context((folder / name).open("wb")) for name in ("rows", "values")]
+        for features, rows, values in _blocks(cache):
+            order = np.argsort(features, kind="stable")  # a feature's rows stay ascending
+            counts = np.bincount(features, minlength=len(cursor))
+            for file, sorted_values in zip(files, (rows[order], values[order]), strict=True):
+                _write(file.fileno(), sorted_values, counts, cursor)
+            cursor += counts
+    assert np.array_equal(cursor, offsets[1:]), "shard_stats and pooled disagree"
+    np.save(folder / "offsets.npy", offsets)
+
+
+def _write(file: int, values: np.ndarray, counts: np.ndarray, cursor: np.ndarray) -> None:
+    """Each feature's values to where its next ones go."""
+    view, size, begin = values.data.cast("B"), values.itemsize, 0
+    for feature in np.flatnonzero(counts):
+        end = begin + int(counts[feature]) * size
+        os.pwrite(file, view[begin:end], int(cursor[feature]) * size)
+        begin = end
+
+
+def _times_stored(cache: FeatureCache) -> np.ndarray:
+    """Responses where each feature's mean is stored, [F]."""
+    artifact, columns = cache.artifact, ["feature", "pooled_kept"]
     counts = np.zeros(cache.sae.d_sae, dtype=np.int64)
-    shards, lengths, pairs = [], [], []
-    for table in _shards(cache, "counting a feature's responses"):
-        indices = lists_of(table, "indices").values
-        counts += np.bincount(indices, minlength=len(counts))
-        shards.append(table.num_rows)
-        lengths.append(table["n_tokens"].to_numpy().astype(np.int32))
-        ids = table["pair_id"].to_pylist()[::2]
-        pairs.append(np.array([int(one, 16) for one in ids], dtype=np.uint64))
-    return counts, shards, lengths, pairs
+    with ThreadPoolExecutor(READERS) as pool:
+        shards = range(artifact.num_shards("shard_stats"))
+        for table in pool.map(lambda n: artifact.rows("shard_stats", n, None, columns), shards):
+            counts[table["feature"].to_numpy()] += table["pooled_kept"].to_numpy()
+    return counts
 
 
-def _fill(cache: FeatureCache, folder: Path, offsets: np.ndarray) -> None:
-    """Write each shard's entries to their features' places; memory does not follow the data."""
-    total, cursor, first = int(offsets[-1]), offsets[:-1].copy(), 0
-    rows, values = (
-        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, (total,))
-        for name, kind in (("rows", np.uint32), ("values", np.float32))
-    )
-    for table in _shards(cache, "index of features"):
+def _blocks(cache: FeatureCache) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Feature, row and mean of what is stored, of as many shards as fit into a block."""
+    # Of 16 bits they are sorted by radix, several times faster.
+    kind = np.uint16 if cache.sae.d_sae <= 1 << 16 else np.uint32
+    parts, size, first = [], 0, 0
+    for table in _shards(cache):
         indices, means = lists_of(table, "indices"), lists_of(table, "values")
-        row = first + np.repeat(np.arange(table.num_rows), indices.lengths)
-        order = np.argsort(indices.values, kind="stable")  # a feature's rows stay ascending
-        features = indices.values[order].astype(np.int64)
-        present, starts, counts = np.unique(features, return_index=True, return_counts=True)
-        rank = np.arange(len(features)) - np.repeat(starts, counts)
-        places = cursor[features] + rank
-        rows[places], values[places] = row[order], means.values[order]
-        cursor[present] += counts
-        first += table.num_rows
-    rows.flush()
-    values.flush()
+        rows = np.arange(first, first + table.num_rows, dtype=np.uint32)
+        parts.append((indices.values.astype(kind), np.repeat(rows, indices.lengths), means.values))
+        first, size = first + table.num_rows, size + len(means.values)
+        if size >= ENTRIES_AT_A_TIME:
+            yield _joined(parts)
+            parts, size = [], 0
+    if parts:
+        yield _joined(parts)
 
 
-def _shards(cache: FeatureCache, label: str) -> Iterator:
+def _joined(parts: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    features, rows, values = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return features, rows, values
+
+
+def _shards(cache: FeatureCache) -> Iterator[pa.Table]:
     artifact = cache.artifact
     count = artifact.num_shards("pooled")
-    with Progress(label, total=count, unit="shard") as progress:
+    with _progress("index of features", count) as progress:
         for shard in range(count):
-            yield pq.read_table(artifact.shard_path(shard, "pooled"), columns=COLUMNS)
+            yield artifact.rows("pooled", shard, None, ["indices", "values"])
             progress.advance(1)
+
+
+def _progress(label: str, shards: int) -> Progress:
+    return Progress(label, total=shards, unit="shard")

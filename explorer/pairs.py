@@ -1,13 +1,13 @@
 """Pairs of a cache: prompt, both responses by token, and the features in which they differ."""
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from explorer.cache import FeatureCache
 from explorer.features import TokenPiece, pair_columns, token_values
-from explorer.index import FeatureIndex
+from explorer.index import PairIndex
 from explorer.labels import Labels
 
 DIFFERING = 20
@@ -51,20 +51,30 @@ class PairView(NamedTuple):
     differing: tuple[Differing, ...]
 
 
-def pair_list(cache: FeatureCache, index: FeatureIndex, offset: int, limit: int) -> list[PairRow]:
+def pair_list(cache: FeatureCache, index: PairIndex, offset: int, limit: int) -> list[PairRow]:
     """Some pairs, in the order of the tables."""
     rows = []
-    for number in range(offset, min(offset + limit, cache.n_pairs)):
-        found = pair_columns(cache, index, number, ["pair_id", "prompt_ids"])
+    for found in _in_order(cache, index, range(offset, min(offset + limit, cache.n_pairs))):
+        number = offset + len(rows)
         lengths = (int(index.lengths[2 * number + side]) for side in (0, 1))
-        rows.append(
-            PairRow(found["pair_id"], cache.detokenizer.text(found["prompt_ids"]), *lengths)
-        )
-    return rows  # fmt: skip
+        text = cache.detokenizer.text(found["prompt_ids"])
+        rows.append(PairRow(found["pair_id"], text, *lengths))
+    return rows
+
+
+def _in_order(cache: FeatureCache, index: PairIndex, numbers: range) -> Iterator[dict[str, Any]]:
+    """The prompts of pairs that follow each other, each shard read once."""
+    number = numbers.start
+    while number < numbers.stop:
+        shard, place = index.shard_of(2 * number)
+        end = min(numbers.stop, int(index.shards[shard + 1]) // 2)
+        rows = slice(place // 2, place // 2 + end - number)
+        yield from cache.pairs.rows("", shard, rows, ["pair_id", "prompt_ids"]).to_pylist()
+        number = end
 
 
 def pair_view(
-    cache: FeatureCache, index: FeatureIndex, pair_id: str, feature: int | None = None,
+    cache: FeatureCache, index: PairIndex, pair_id: str, feature: int | None = None,
     labels: Labels | None = None,
 ) -> PairView:  # fmt: skip
     """What there is to see of a pair.
@@ -107,12 +117,11 @@ def pair_view(
 
 
 def _differing(
-    cache: FeatureCache, index: FeatureIndex, number: int, labels: Labels | None
+    cache: FeatureCache, index: PairIndex, number: int, labels: Labels | None
 ) -> tuple[Differing, ...]:
     """The features whose pooled values differ most; one that is not stored reads as 0."""
     shard, place = index.shard_of(2 * number)
-    with pq.ParquetFile(cache.artifact.shard_path(shard, "pooled")) as file:
-        table = file.read(columns=["indices", "values"]).slice(place, 2)
+    table = cache.artifact.rows("pooled", shard, slice(place, place + 2), ["indices", "values"])
     sides = []
     for indices, values in zip(table["indices"], table["values"], strict=True):
         dense = np.zeros(cache.sae.d_sae, dtype=np.float32)

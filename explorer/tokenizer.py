@@ -29,7 +29,7 @@ def find_detokenizer(store: Store, pairs: Artifact, settings: dict[str, Any]) ->
         settings: of a run's recipe, where its record is kept; names the model.
     """
     source = settings.get("model", {}).get("source")
-    folder = _of_model(source) if source else None
+    folder = model_at_hand(source) if source else None
     if folder is None:
         folder = _of_policy(store, pairs)
     if folder is None:
@@ -38,7 +38,8 @@ def find_detokenizer(store: Store, pairs: Artifact, settings: dict[str, Any]) ->
     return Detokenizer(folder)
 
 
-def _of_model(source: str) -> Path | None:
+def model_at_hand(source: str) -> Path | None:
+    """The folder of a model with a tokenizer, if it is on this machine."""
     with suppress(FPOError, OSError):
         if is_package(source):
             folder = converted_folder(package_file(source), GGUF_CONVERSION)

@@ -4,12 +4,14 @@ Everything of a view is in its URL. Text from data is escaped by the templates a
 ``explorer.text``; the pages load nothing but this server's own style, script and charts.
 """
 
+import logging
 import secrets
-import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from threading import Thread
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import parse_qs, urlsplit
 
 from fastapi import FastAPI, Query, Request
@@ -21,9 +23,15 @@ from starlette.concurrency import run_in_threadpool
 
 from explorer.cache import FeatureCache
 from explorer.errors import NotReadable, NotThere
-from explorer.features import SORTS, FeatureQuery, feature_table, feature_view
+from explorer.features import (
+    SORTS,
+    FeatureQuery,
+    feature_histogram,
+    feature_table,
+    feature_view,
+)
 from explorer.group import group_yaml
-from explorer.index import FeatureIndex, has_index, open_index
+from explorer.index import FeatureIndex, PairIndex, open_feature_index, open_pair_index
 from explorer.labels import Labels
 from explorer.moved import moved_features
 from explorer.pairs import pair_list, pair_view
@@ -35,17 +43,24 @@ from storage.catalog import find_artifact
 from storage.errors import ArtifactMissing, StoreError
 from storage.lineage import ancestors, descendants
 
+if TYPE_CHECKING:
+    from explorer.logits import LogitEffect, LogitLens
+
+log = logging.getLogger("fpo.browse")
+
 HERE = Path(__file__).parent
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
-    "img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "img-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 COOKIE = "fpo-browse"
-ROWS, PAIRS = 50, 25
-INLINE_ROWS = 20_000  # of pooled: an index of so many is made while the page waits
+ROWS, PAIRS, EXAMPLES = 50, 25, 10
+PATIENCE = 2.0  # seconds that a page waits for the index that it cannot do without
+GLANCE = 0.2  # and for the one that only its chart needs
 MOVED = 60
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -64,29 +79,66 @@ class Opened:
 
     def __init__(self, store: ExploredStore) -> None:
         self.store = store
-        self.cache = lru_cache(maxsize=8)(store.features)
-        self._index = lru_cache(maxsize=8)(open_index)
-        self._making: dict[str, threading.Thread] = {}
+        self.cache = lru_cache(maxsize=8)(self._open)
+        self._lens = lru_cache(maxsize=1)(self._open_lens)  # it holds the SAE's decoder
+        self._begun: dict[tuple[str, Callable[..., Any]], Future[Any]] = {}
+
+    def _open(self, name: str) -> FeatureCache:
+        cache = self.store.features(name)
+        self._begin(cache, open_pair_index)  # while its first page is read
+        return cache
 
     def labels(self, cache: FeatureCache) -> Labels:
         """Read anew: somebody else may have named a feature."""
         return Labels(self.store.store, cache.sae)
 
-    def index(self, cache: FeatureCache) -> FeatureIndex:
-        """The index; that of a large cache is made in a thread of its own.
+    def pairs(self, cache: FeatureCache) -> PairIndex:
+        """The index of a cache's pairs.
 
         Raises:
             Indexing: it is not made yet.
         """
-        small = int(cache.artifact.manifest["rows"]) <= INLINE_ROWS
-        if small or has_index(cache):
-            return self._index(cache)
-        thread = self._making.get(cache.name)
-        if thread is None or not thread.is_alive():
-            thread = threading.Thread(target=open_index, args=(cache,), daemon=True)
-            self._making[cache.name] = thread
-            thread.start()
-        raise Indexing(f"the index of {cache.name} is being made, once; it takes up to minutes")
+        try:
+            return self._begin(cache, open_pair_index).result(PATIENCE)
+        except TimeoutError:
+            raise Indexing(f"the index of {cache.name}'s pairs is being made, once") from None
+
+    def features(self, cache: FeatureCache) -> FeatureIndex | None:
+        """The index of a cache's features; None while it is made, which takes up to minutes."""
+        try:
+            return self._begin(cache, open_feature_index).result(GLANCE)
+        except TimeoutError:
+            return None
+
+    def logits(self, cache: FeatureCache, feature: int) -> "LogitEffect":
+        """What a feature does to the logits.
+
+        Raises:
+            NotThere: model or SAE are not at hand.
+        """
+        return self._lens(cache.name).effect(feature)
+
+    def _open_lens(self, name: str) -> "LogitLens":
+        from explorer.logits import LogitLens  # and torch with it, which no other page needs
+
+        return LogitLens(self.store.store, self.cache(name))
+
+    def _begin(self, cache: FeatureCache, make: Callable[[FeatureCache], Any]) -> Future[Any]:
+        """Made in a thread of its own, which does not hold up the end of the program."""
+        key = (cache.name, make)
+        begun = self._begun.get(key)
+        if begun is None or (begun.done() and begun.exception() is not None):
+            begun = self._begun[key] = Future()
+            Thread(target=_fulfil, args=(begun, make, cache), daemon=True).start()
+        return begun
+
+
+def _fulfil(begun: Future[Any], make: Callable[[FeatureCache], Any], cache: FeatureCache) -> None:
+    try:
+        begun.set_result(make(cache))
+    except Exception as error:
+        log.debug("no index of %s", cache.name, exc_info=True)
+        begun.set_exception(error)
 
 
 def make_app(store: ExploredStore, hosts: frozenset[str], token: str | None = None) -> FastAPI:
@@ -171,16 +223,31 @@ def make_app(store: ExploredStore, hosts: frozenset[str], token: str | None = No
     @app.get("/cache/{name}/feature/{number}")
     def feature(request: Request, name: str, number: int) -> Response:
         cache = opened.cache(name)
-        view = feature_view(cache, opened.index(cache), number, 10, opened.labels(cache))
-        return page(request, "feature", cache=cache, view=view,
+        view = feature_view(cache, opened.pairs(cache), number, EXAMPLES, opened.labels(cache))
+        index = opened.features(cache)
+        histogram = None if index is None else feature_histogram(cache, index, number)
+        return page(request, "feature", cache=cache, view=view, histogram=histogram,
                     neuronpedia=cache.sae.neuronpedia_url(number))  # fmt: skip
 
     @app.get("/cache/{name}/feature/{number}/histogram.svg")
     def histogram(name: str, number: int) -> Response:
         cache = opened.cache(name)
-        cache.check_feature(number)
-        svg = _drawn(opened, name, number)
+        index = opened.features(cache)
+        if index is None:
+            raise Indexing(f"the index of {cache.name}'s features is being made, once")
+        svg = histogram_svg(feature_histogram(cache, index, number))
         return Response(svg, media_type="image/svg+xml", headers={"Cache-Control": "max-age=3600"})
+
+    @app.get("/cache/{name}/feature/{number}/logits")
+    def logits(request: Request, name: str, number: int) -> Response:
+        cache = opened.cache(name)
+        cache.check_feature(number)
+        effect, why_not = None, ""
+        try:
+            effect = opened.logits(cache, number)
+        except NotThere as error:
+            why_not = str(error)
+        return page(request, "logits", cache=cache, number=number, effect=effect, why_not=why_not)
 
     @app.post("/cache/{name}/feature/{number}/label")
     async def label(request: Request, name: str, number: int) -> Response:
@@ -203,7 +270,7 @@ def make_app(store: ExploredStore, hosts: frozenset[str], token: str | None = No
         request: Request, name: str, offset: Annotated[int, Query(ge=0)] = 0
     ) -> Response:  # fmt: skip
         cache = opened.cache(name)
-        rows = pair_list(cache, opened.index(cache), offset, PAIRS)
+        rows = pair_list(cache, opened.pairs(cache), offset, PAIRS)
         return page(request, "pairs", cache=cache, pairs=rows, offset=offset, rows=PAIRS)
 
     @app.get("/cache/{name}/pair/{pair_id}")
@@ -211,7 +278,7 @@ def make_app(store: ExploredStore, hosts: frozenset[str], token: str | None = No
         request: Request, name: str, pair_id: str, feature: int | None = None
     ) -> Response:  # fmt: skip
         cache = opened.cache(name)
-        view = pair_view(cache, opened.index(cache), pair_id, feature, opened.labels(cache))
+        view = pair_view(cache, opened.pairs(cache), pair_id, feature, opened.labels(cache))
         pieces = (*view.chosen, *view.rejected)
         top = max((piece.value for piece in pieces), default=0.0)
         return page(request, "pair", cache=cache, view=view, feature=feature, top=top)
@@ -236,12 +303,6 @@ def make_app(store: ExploredStore, hosts: frozenset[str], token: str | None = No
         return page(request, "training", moved=moved, rows=moved.rows.head(MOVED).to_dicts())
 
     return app
-
-
-def _drawn(opened: Opened, name: str, number: int) -> str:
-    cache = opened.cache(name)
-    view = feature_view(cache, opened.index(cache), number, 0)
-    return histogram_svg(view.histogram)
 
 
 def _is_known(request: Request, token: str) -> bool:

@@ -15,9 +15,15 @@ from hypothesis import strategies as st
 from explorer import open_store
 from explorer.diff import _correlation, diff_caches, match_features
 from explorer.errors import NotReadable, NotThere
-from explorer.features import FeatureQuery, feature_table, feature_view, token_values
+from explorer.features import (
+    FeatureQuery,
+    feature_histogram,
+    feature_table,
+    feature_view,
+    token_values,
+)
 from explorer.group import group_yaml
-from explorer.index import open_index
+from explorer.index import open_feature_index, open_pair_index
 from explorer.labels import Labels, copy_labels
 from explorer.neuronpedia import page_of
 from explorer.pairs import pair_list, pair_view
@@ -37,8 +43,13 @@ def cache(explored):
 
 
 @pytest.fixture
+def pairs(cache):
+    return open_pair_index(cache)
+
+
+@pytest.fixture
 def index(cache):
-    return open_index(cache)
+    return open_feature_index(cache)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +72,7 @@ def test_a_cache_has_the_names_that_people_have_for_it(explored, cache):
         explored.features(pairs)
 
 
-def test_the_index_is_the_pooled_table_turned_round(cache, index, pooled):
+def test_the_index_is_the_pooled_table_turned_round(cache, pairs, index, pooled):
     long = pooled.select("row", "indices", "values").explode(["indices", "values"])
     for feature in range(cache.sae.d_sae):
         expected = long.filter(pl.col("indices") == feature).sort("row")
@@ -69,10 +80,11 @@ def test_the_index_is_the_pooled_table_turned_round(cache, index, pooled):
         np.testing.assert_array_equal(rows, expected["row"].to_numpy())
         np.testing.assert_array_equal(values, expected["values"].to_numpy())
     for number, pair_id in enumerate(pooled["pair_id"].to_list()[::2]):
-        assert index.pair_number(pair_id) == number
+        assert pairs.pair_number(pair_id) == number
+        assert pairs.pair_id(number) == pair_id
     for absent in ("0" * 16, "no such", "f" * 40):
         with pytest.raises(NotThere, match="no pair"):
-            index.pair_number(absent)
+            pairs.pair_number(absent)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -103,11 +115,12 @@ def test_a_query_that_is_none_is_refused(cache):
         feature_table(cache, FeatureQuery(min_density=0.5, max_density=0.1))
 
 
-def test_a_features_page_says_what_the_tables_say(cache, index, pooled):
+def test_a_features_page_says_what_the_tables_say(cache, pairs, index, pooled):
     feature = int(cache.small_stats.sort("max", descending=True)["feature"][0])
-    view = feature_view(cache, index, feature, examples=4)
+    view = feature_view(cache, pairs, feature, examples=4)
     assert view.stats["max"] == view.examples[0].value
-    assert view.histogram.chosen.sum() + view.histogram.without[0] == 18
+    histogram = feature_histogram(cache, index, feature)
+    assert histogram.chosen.sum() + histogram.without[0] == 18
     tokens = cache.tokens().collect()
     for example in view.examples:
         mine = tokens.filter((pl.col("pair_id") == example.pair_id)
@@ -118,18 +131,18 @@ def test_a_features_page_says_what_the_tables_say(cache, index, pooled):
             if piece.position != example.position:
                 assert piece.value == stored.get(feature, 0.0)
             assert piece.text == cache.detokenizer.pieces([row["token_id"]])[0]
-    row = 2 * index.pair_number(view.examples[0].pair_id)
+    row = 2 * pairs.pair_number(view.examples[0].pair_id)
     row += view.examples[0].side == "rejected"
-    values = token_values(cache, index, row, feature)
+    values = token_values(cache, pairs, row, feature)
     assert max(values.values()) == pytest.approx(view.examples[0].value)
     with pytest.raises(NotThere, match="features are 0 to 95"):
-        feature_view(cache, index, 96)
+        feature_view(cache, pairs, 96)
 
 
-def test_a_pairs_page_says_what_the_tables_say(cache, index, pooled):
-    listed = pair_list(cache, index, 2, 3)
+def test_a_pairs_page_says_what_the_tables_say(cache, pairs, pooled):
+    listed = pair_list(cache, pairs, 2, 3)
     assert [row.pair_id for row in listed] == pooled["pair_id"].to_list()[4:10:2]
-    view = pair_view(cache, index, listed[0].pair_id, 3)
+    view = pair_view(cache, pairs, listed[0].pair_id, 3)
     assert len(view.chosen) == listed[0].chosen_tokens
     mine = pooled.filter(pl.col("pair_id") == listed[0].pair_id).to_dicts()
     sides = [dict(zip(row["indices"], row["values"], strict=True)) for row in mine]

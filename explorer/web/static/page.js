@@ -1,4 +1,4 @@
-// What is pleasant and not needed: a group that is gathered while one browses, and copying it.
+// What is pleasant and not needed: a group gathered while one browses, copying it, slow parts later.
 "use strict";
 const cache = location.pathname.match(/^\/cache\/([^/]+)/)?.[1];
 const key = `group-${cache}`;
@@ -27,6 +27,15 @@ for (const link of document.querySelectorAll(".add")) {
     sessionStorage.setItem(key, JSON.stringify(kept));
     show();
   });
+}
+
+// Parts that take a while come after the page, into the place of the link to them.
+for (const place of document.querySelectorAll("[data-part]")) {
+  fetch(place.querySelector("a").href).then(async (answer) => {
+    if (!answer.ok) return;
+    const found = new DOMParser().parseFromString(await answer.text(), "text/html");
+    place.replaceWith(found.getElementById(place.dataset.part));
+  }).catch(() => {});
 }
 
 const copy = document.getElementById("copy");
