@@ -30,13 +30,19 @@ SHADES = ("", "on grey15", "on grey23", "on dark_green", "on green4")  # by stre
 
 
 @app.command("ls")
-def ls(store: StoreUrl = None, as_json: AsJson = False) -> None:
+def ls(store: StoreUrl = None, as_json: AsJson = False, parquet: AsParquet = None) -> None:
     """List the feature caches of a store."""
     from cli.show import new_table, print_json
     from explorer import open_store
 
     opened = open_store(store)
     caches = opened.caches()
+    if parquet is not None:
+        columns = ("name", "created", "rows", "bytes", "refs")
+        kinds = {"rows": pl.Int64, "refs": pl.List(pl.String)}
+        rows = [{name: getattr(info, name) for name in columns} for info in caches]
+        _write_parquet(pl.DataFrame(rows, schema_overrides=kinds), parquet)
+        return
     if as_json:
         print_json(caches)
         return
@@ -96,6 +102,7 @@ def feature(
     ] = False,
     store: StoreUrl = None,
     as_json: AsJson = False,
+    parquet: AsParquet = None,
 ) -> None:
     """One feature: statistics, distribution over responses, and where it fires most.
 
@@ -115,6 +122,13 @@ def feature(
     view = feature_view(found, open_pair_index(found), number, examples, labels)
     histogram = feature_histogram(found, open_feature_index(found), number)
     effect = _logits(opened, found, number) if logits else None
+    if parquet is not None:  # its examples: a row a token that is shown
+        rows = [
+            {"pair_id": one.pair_id, "side": one.side, **piece._asdict()}
+            for one in view.examples for piece in one.pieces
+        ]  # fmt: skip
+        _write_parquet(pl.DataFrame(rows), parquet)
+        return
     if as_json:
         numbers = histogram._asdict().items()
         shown = {name: getattr(v, "tolist", lambda v=v: v)() for name, v in numbers}
@@ -176,6 +190,7 @@ def pair(
     ] = None,
     store: StoreUrl = None,
     as_json: AsJson = False,
+    parquet: AsParquet = None,
 ) -> None:
     """One pair: prompt, both responses, and the features in which they differ most."""
     from cli.show import new_table, print_json
@@ -188,6 +203,10 @@ def pair(
     found = opened.features(cache)
     labels = Labels(opened.store, found.sae)
     view = pair_view(found, open_pair_index(found), pair_id, shade, labels)
+    if parquet is not None:
+        rows = [{**one._asdict(), "difference": one.difference} for one in view.differing]
+        _write_parquet(pl.DataFrame(rows), parquet)
+        return
     if as_json:
         print_json(view)
         return
@@ -336,12 +355,7 @@ def _give(frame: pl.DataFrame, title: str, *, as_json: bool, parquet: Path | Non
     from cli.show import new_table, print_json
 
     if parquet is not None:
-        if str(parquet) == "-":
-            buffer = io.BytesIO()
-            frame.write_parquet(buffer)
-            sys.stdout.buffer.write(buffer.getvalue())
-        else:
-            frame.write_parquet(parquet)
+        _write_parquet(frame, parquet)
         return
     if as_json:
         print_json(frame.to_dicts())
@@ -352,6 +366,15 @@ def _give(frame: pl.DataFrame, title: str, *, as_json: bool, parquet: Path | Non
     console = Console()
     console.print(Text(title))
     console.print(table)
+
+
+def _write_parquet(frame: pl.DataFrame, path: Path) -> None:
+    if str(path) == "-":
+        buffer = io.BytesIO()
+        frame.write_parquet(buffer)
+        sys.stdout.buffer.write(buffer.getvalue())
+    else:
+        frame.write_parquet(path)
 
 
 def _cell(value: Any) -> str:

@@ -169,10 +169,9 @@ class Room(NamedTuple):
                 f"they cannot report to Prefect's server on this one, {api}: start one that they "
                 f"reach (`prefect server start --host 0.0.0.0`), and set PREFECT_API_URL to it"
             )
-        # By default twice what fits, so that no worker waits for its next shard.
         options: dict[str, Any] = {
             "num_cpus": settings.cpus, "num_gpus": gpus, "max_retries": RETRIES,
         }  # fmt: skip
         if not gpus and any(size[1] for size in sizes):  # then they are others'
             options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
-        return cls(settings.workers or 2 * fit, options, api)
+        return cls(settings.workers or fit, options, api)

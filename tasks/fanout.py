@@ -28,7 +28,7 @@ from tasks.cluster import RETRIES, Room, ray_cluster
 
 log = logging.getLogger("fpo.stage")
 
-TASK_SECONDS = 20.0
+TASK_SECONDS = 30.0
 
 
 class Todo(NamedTuple):
@@ -168,7 +168,7 @@ def fan_out(
 
 def _fair_share(waiting: int, at_a_time: int) -> int:
     """Of the last shards each worker takes fewer, so that none is left with many at the end."""
-    return math.ceil(waiting / (2 * at_a_time))
+    return math.ceil(waiting / at_a_time)
 
 
 def _shards_a_task(found: ShardsDone) -> int:

@@ -32,9 +32,12 @@ def test_caches_and_their_features(cache, tmp_path):
     assert [row["density"] for row in rows] == sorted((r["density"] for r in rows), reverse=True)
     cache("features", "tiny", "-n", 1000, "--parquet", tmp_path / "all.parquet")
     assert pl.read_parquet(tmp_path / "all.parquet").height == 96
+    cache("ls", "--parquet", tmp_path / "caches.parquet")
+    (found,) = pl.read_parquet(tmp_path / "caches.parquet").to_dicts()
+    assert (found["name"], found["refs"]) == (f"features/{listed[0]['version']}", ["tiny"])
 
 
-def test_a_feature_a_pair_and_a_label(cache):
+def test_a_feature_a_pair_and_a_label(cache, tmp_path):
     (row,) = json.loads(cache("features", "tiny", "-n", 1, "--sort", "max", "--json").out)
     number = row["feature"]
     assert cache("label", "tiny", number, "a fox").code == 0
@@ -44,6 +47,20 @@ def test_a_feature_a_pair_and_a_label(cache):
     told = json.loads(cache("feature", "tiny", number, "--json").out)
     assert sum(told["histogram"]["chosen"]) + told["histogram"]["without"][0] == 18
     example = told["examples"][0]
+    assert told["logits"] is None
+    raised = json.loads(cache("feature", "tiny", number, "--logits", "--json").out)["logits"][
+        "raised"
+    ]
+    assert raised == sorted(raised, key=lambda one: -one["effect"])
+    assert "logits lowered: " in cache("feature", "tiny", number, "--logits").out
+    cache("feature", "tiny", number, "--parquet", tmp_path / "examples.parquet")
+    pieces = pl.read_parquet(tmp_path / "examples.parquet")
+    assert pieces["text"].to_list()[: len(example["pieces"])] == [
+        piece["text"] for piece in example["pieces"]
+    ]
+    cache("pair", "tiny", example["pair_id"], "--parquet", tmp_path / "pair.parquet")
+    gaps = pl.read_parquet(tmp_path / "pair.parquet")["difference"].abs().to_list()
+    assert gaps == sorted(gaps, reverse=True)
     pair = cache("pair", "tiny", example["pair_id"], "--feature", number)
     assert pair.code == 0, pair.err
     assert "What is number" in pair.out.replace("\n", " ")

@@ -213,7 +213,7 @@ def test_more_than_the_cluster_has_is_refused(ray):
     with pytest.raises(FPOError, match="64 CPUs and 0 GPUs"):
         list(fan_out(None, [Todo(0, ())], OF_TWO.model_copy(update={"cpus": 64.0})))  # pyright: ignore[reportArgumentType]
     assert Room.of(OF_TWO).at_a_time == 2
-    assert Room.of(InferenceSettings(runner="ray")).at_a_time == 4
+    assert Room.of(InferenceSettings(runner="ray")).at_a_time == 2
     assert Room.of(OF_TWO).options["num_gpus"] == 0
 
 
