@@ -107,9 +107,9 @@ def _write_pairs(store: Store, features: Artifact) -> None:
 def _measure(where: str, url: str, cache: Path, ids: list[str], forget: Callable[[], None]) -> None:
     """Rows of the table: the indexes made once, then each kind of page."""
     with _browsing(url, cache) as (address, started, process):
-        _until_made(address + f"/cache/{VERSION}/pair/{ids[0]}")
+        _until(f"{address}/cache/{VERSION}/pair/{ids[0]}", "Features in which they differ")
         pairs = time.monotonic() - started
-        _until_made(address + f"/cache/{VERSION}/feature/0")
+        _until(f"{address}/cache/{VERSION}/feature/0/distribution", "<img")
         features = time.monotonic() - started
         peak = _peak(process)
     made = f"indexes, made once: pairs {pairs:.1f} s, features {features:.1f} s"
@@ -165,10 +165,10 @@ def _browsing(url: str, cache: Path) -> Iterator[tuple[str, float, psutil.Proces
             server.communicate(timeout=30)
 
 
-def _until_made(url: str) -> None:
-    """Until a page no longer says that it waits for an index."""
-    while "is being made" in httpx.get(url, timeout=TIMEOUT).text:
-        time.sleep(0.2)
+def _until(url: str, there: str) -> None:
+    """Until a page shows what it waits for an index for."""
+    while there not in httpx.get(url, timeout=TIMEOUT).text:
+        time.sleep(0.1)
 
 
 def _seconds(url: str) -> float:

@@ -1,6 +1,6 @@
 """What is in a store: one line an artifact, finished or not."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from storage.backend import Entry, in_parallel
@@ -83,8 +83,15 @@ def _missing_or_cut(manifest: Manifest, inside: Mapping[str, Entry]) -> str:
     return ""
 
 
-def find_artifact(store: Store, name: str) -> ArtifactInfo:
+def find_artifact(
+    store: Store, name: str, infos: Sequence[ArtifactInfo] | None = None
+) -> ArtifactInfo:
     """The artifact named ``stage/version``, or by the start of either.
+
+    Args:
+        store: the store.
+        name: the artifact's.
+        infos: the store's listing, where it was made already.
 
     Raises:
         ArtifactMissing: none matches.
@@ -92,7 +99,7 @@ def find_artifact(store: Store, name: str) -> ArtifactInfo:
     """
     matches = [
         info
-        for info in list_artifacts(store)
+        for info in (list_artifacts(store) if infos is None else infos)
         if info.name.startswith(name) or info.version.startswith(name)
     ]
     if not matches:

@@ -26,12 +26,13 @@ from explorer.errors import NotReadable, NotThere
 from explorer.features import (
     SORTS,
     FeatureQuery,
+    Histogram,
     feature_histogram,
     feature_table,
     feature_view,
 )
 from explorer.group import group_yaml
-from explorer.index import FeatureIndex, PairIndex, open_feature_index, open_pair_index
+from explorer.index import PairIndex, open_feature_index, open_pair_index
 from explorer.labels import Labels
 from explorer.moved import moved_features
 from explorer.pairs import pair_list, pair_view
@@ -60,7 +61,8 @@ HEADERS = {
 COOKIE = "fpo-browse"
 ROWS, PAIRS, EXAMPLES = 50, 25, 10
 PATIENCE = 2.0  # seconds that a page waits for the index that it cannot do without
-GLANCE = 0.2  # and for the one that only its chart needs
+GLANCE = 0.2  # and for the one that only its chart needs,
+LONG = 20.0  # which is asked for by itself then
 MOVED = 60
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -103,12 +105,14 @@ class Opened:
         except TimeoutError:
             raise Indexing(f"the index of {cache.name}'s pairs is being made, once") from None
 
-    def features(self, cache: FeatureCache) -> FeatureIndex | None:
-        """The index of a cache's features; None while it is made, which takes up to minutes."""
+    def histogram(self, cache: FeatureCache, feature: int, wait: float) -> Histogram | None:
+        """A feature's distribution; None while the index is made, which takes up to minutes."""
+        cache.check_feature(feature)
         try:
-            return self._begin(cache, open_feature_index).result(GLANCE)
+            index = self._begin(cache, open_feature_index).result(wait)
         except TimeoutError:
             return None
+        return feature_histogram(cache, index, feature)
 
     def logits(self, cache: FeatureCache, feature: int) -> "LogitEffect":
         """What a feature does to the logits.
@@ -196,11 +200,11 @@ def make_app(store: ExploredStore, hosts: frozenset[str], token: str | None = No
 
     @app.get("/artifact/{stage}/{version}")
     def artifact(request: Request, stage: str, version: str) -> Response:
+        infos = store.artifacts()
         try:
-            info = find_artifact(store.store, f"{stage}/{version}")
+            info = find_artifact(store.store, f"{stage}/{version}", infos)
         except ArtifactMissing as error:
             raise NotThere(str(error)) from error
-        infos = store.artifacts()
         found = None
         if info.state == "complete":
             found = store.store.artifact(info.stage, info.version).manifest
@@ -224,19 +228,30 @@ def make_app(store: ExploredStore, hosts: frozenset[str], token: str | None = No
     def feature(request: Request, name: str, number: int) -> Response:
         cache = opened.cache(name)
         view = feature_view(cache, opened.pairs(cache), number, EXAMPLES, opened.labels(cache))
-        index = opened.features(cache)
-        histogram = None if index is None else feature_histogram(cache, index, number)
+        histogram = opened.histogram(cache, number, GLANCE)
         return page(request, "feature", cache=cache, view=view, histogram=histogram,
                     neuronpedia=cache.sae.neuronpedia_url(number))  # fmt: skip
+
+    @app.get("/cache/{name}/feature/{number}/distribution")
+    def distribution(request: Request, name: str, number: int) -> Response:
+        cache = opened.cache(name)
+        histogram = opened.histogram(cache, number, LONG)
+        shown = page(request, "distribution", cache=cache, number=number, histogram=histogram)
+        if histogram is None:
+            shown.headers["Refresh"] = "3"
+        return shown
 
     @app.get("/cache/{name}/feature/{number}/histogram.svg")
     def histogram(name: str, number: int) -> Response:
         cache = opened.cache(name)
-        index = opened.features(cache)
-        if index is None:
+        found = opened.histogram(cache, number, LONG)
+        if found is None:
             raise Indexing(f"the index of {cache.name}'s features is being made, once")
-        svg = histogram_svg(feature_histogram(cache, index, number))
-        return Response(svg, media_type="image/svg+xml", headers={"Cache-Control": "max-age=3600"})
+        return Response(
+            histogram_svg(found),
+            media_type="image/svg+xml",
+            headers={"Cache-Control": "max-age=3600"},
+        )
 
     @app.get("/cache/{name}/feature/{number}/logits")
     def logits(request: Request, name: str, number: int) -> Response:

@@ -117,7 +117,14 @@ def test_every_page_is_walked_without_an_error_and_is_accessible(page, store, ve
     page.get_by_role("heading", name="Over responses").wait_for()
     page.locator("img").evaluate("one => one.decode()")  # fails where it is no picture
     page.get_by_text("The numbers").click()
+    page.get_by_text("Raised most").wait_for()
     accessible(page)
+    feature = page.url
+    for part in ("logits", "distribution"):
+        page.goto(f"{feature}/{part}")
+        page.locator(f"#{part} table").first.wait_for(state="attached")
+        accessible(page)
+    page.goto(feature)
     page.locator(".examples a").first.click()
     assert "/pair/" in page.url
     page.locator(".t[title]").first.wait_for()

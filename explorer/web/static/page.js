@@ -34,7 +34,7 @@ for (const place of document.querySelectorAll("[data-part]")) {
   fetch(place.querySelector("a").href).then(async (answer) => {
     if (!answer.ok) return;
     const found = new DOMParser().parseFromString(await answer.text(), "text/html");
-    place.replaceWith(found.getElementById(place.dataset.part));
+    (place.closest("section") ?? place).replaceWith(found.getElementById(place.dataset.part));
   }).catch(() => {});
 }
 
