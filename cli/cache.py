@@ -155,9 +155,7 @@ def feature(
     console.print(Text(f"at the tokens: {tokens}"))
     if effect is not None:
         for name, found_tokens in effect._asdict().items():
-            line = ", ".join(
-                f"{one.text.strip() or one.text!r} {one.effect:+.2g}" for one in found_tokens
-            )
+            line = ", ".join(f"{one.text} {one.effect:+.2g}" for one in found_tokens)
             console.print(Text(f"logits {name}: {line}"))
 
 
@@ -360,7 +358,7 @@ def _give(frame: pl.DataFrame, title: str, *, as_json: bool, parquet: Path | Non
     if as_json:
         print_json(frame.to_dicts())
         return
-    table = new_table(*frame.columns)
+    table = new_table(*(name.replace("_", " ") for name in frame.columns))  # which can be broken
     for row in frame.iter_rows():
         table.add_row(*(Text(_cell(value)) for value in row))
     console = Console()

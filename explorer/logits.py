@@ -31,7 +31,7 @@ TOP = 12
 class TokenEffect(NamedTuple):
     """A token, and what a unit of activation adds to its logit."""
 
-    text: str
+    text: str  # with ␣ for its spaces: many tokens differ in nothing else
     effect: float
 
 
@@ -86,7 +86,7 @@ class LogitLens:
         strongest = [logits.topk(min(top, len(logits)), largest=large) for large in (True, False)]
         raised, lowered = (
             tuple(
-                TokenEffect(self._cache.detokenizer.pieces([token])[0], value)
+                TokenEffect(self._cache.detokenizer.pieces([token])[0].replace(" ", "␣"), value)
                 for value, token in zip(values.tolist(), tokens.tolist(), strict=True)
             )
             for values, tokens in strongest

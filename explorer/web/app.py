@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from functools import lru_cache
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -83,6 +83,7 @@ class Opened:
         self.store = store
         self.cache = lru_cache(maxsize=8)(self._open)
         self._lens = lru_cache(maxsize=1)(self._open_lens)  # it holds the SAE's decoder
+        self._opening = Lock()  # once; and transformers is not to be imported by two threads
         self._begun: dict[tuple[str, Callable[..., Any]], Future[Any]] = {}
 
     def _open(self, name: str) -> FeatureCache:
@@ -120,7 +121,9 @@ class Opened:
         Raises:
             NotThere: model or SAE are not at hand.
         """
-        return self._lens(cache.name).effect(feature)
+        with self._opening:
+            lens = self._lens(cache.name)
+        return lens.effect(feature)
 
     def _open_lens(self, name: str) -> "LogitLens":
         from explorer.logits import LogitLens  # and torch with it, which no other page needs

@@ -38,7 +38,7 @@ def test_the_effect_is_the_models_own_head_on_the_decoders_row(browsed, cache):
             logits[order[:-6:-1]], rel=1e-4
         )
         named = [cache.detokenizer.pieces([int(token)])[0] for token in order[:5]]
-        assert [one.text for one in found.raised] == named
+        assert [one.text for one in found.raised] == [one.replace(" ", "␣") for one in named]
     with pytest.raises(NotThere, match="no feature 96"):
         lens.effect(96)
 
