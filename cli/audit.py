@@ -51,7 +51,7 @@ def audit(
       fpo audit quickstart --set train.method=dpo --groups style.yaml --parquet moved.parquet
       fpo audit quickstart --groups style.yaml --groups content.yaml --against style:content
     """
-    from cli.show import new_table, print_json
+    from cli.show import new_table, print_json, with_interval
     from explorer.labels import Labels
     from explorer.store import sae_of_run
     from fpo_core.evaluation.audit import RATE
@@ -81,10 +81,10 @@ def audit(
     for frame in (found.groups, features.head(limit)):
         if not frame.height:
             continue
-        shown = frame.drop("p", "low", "high")
-        table = new_table(*shown.columns, "95 % interval")
-        for row, low, high in zip(shown.iter_rows(), frame["low"], frame["high"], strict=True):
-            table.add_row(*(Text(_cell(one)) for one in row), f"{low:+.3g} to {high:+.3g}")
+        shown = with_interval(frame)
+        table = new_table(*shown.columns)
+        for row in shown.iter_rows():
+            table.add_row(*(Text(_cell(one)) for one in row))
         console.print(table)
 
 

@@ -224,20 +224,37 @@ def pair(
 @app.command("diff")
 def diff(
     one: Annotated[str, typer.Argument(metavar="A", help="A cache.")],
-    other: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    other: Annotated[
+        str, typer.Argument(metavar="B", help="Another one, or policy/VERSION trained with A.")
+    ],
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Rows.")] = 20,
     store: StoreUrl = None,
     as_json: AsJson = False,
     parquet: AsParquet = None,
 ) -> None:
-    """Two caches: of one SAE how its features changed; of two, on one set of pairs, which match."""
+    """Two caches: of one SAE how its features changed; of two, on one set of pairs, which match.
+
+    Or the reference's cache and a policy: how the features moved on the held-out pairs, from its
+    evaluation, with 95 % intervals, effect sizes and q.
+
+    \b
+    Examples:
+      fpo cache diff features/bef5 features/13cb
+      fpo cache diff quickstart policy/29c9
+    """
+    from cli.show import with_interval
     from explorer import open_store
     from explorer.diff import diff_caches, match_features
     from explorer.index import open_feature_index
+    from explorer.moved import policy_changes
 
     opened = open_store(store)
-    a, b = opened.features(one), opened.features(other)
-    if a.sae.identity == b.sae.identity:
+    a = opened.features(one)
+    if other.startswith(("policy/", "evaluation/")):
+        frame, title = policy_changes(opened, a, other), f"{other} against the reference, {a.name}"
+        if parquet is None and not as_json:
+            frame = with_interval(frame)
+    elif a.sae.identity == (b := opened.features(other)).sae.identity:
         frame, title = diff_caches(a, b), f"{b.name} against {a.name}"
     else:
         frame = match_features(a, b, open_feature_index(a), open_feature_index(b))
@@ -376,7 +393,7 @@ def _write_parquet(frame: pl.DataFrame, path: Path) -> None:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _shaded(pieces: Any, top: float, marked: int | None) -> Text:

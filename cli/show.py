@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import polars as pl
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -57,6 +58,14 @@ def new_table(*columns: str) -> Table:
         right = column in ("rows", "tokens", "size", "FLOPs", "age", *SAE_FIGURES)
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table
+
+
+def with_interval(audit: pl.DataFrame) -> pl.DataFrame:
+    """A table of an audit as people read it: its interval in one column, p left to q."""
+    bounds = zip(audit["low"], audit["high"], strict=True)
+    interval = pl.Series("95 % interval", [f"{low:+.3g} to {high:+.3g}" for low, high in bounds],
+                         dtype=pl.String)  # fmt: skip
+    return audit.drop("p", "low", "high").with_columns(interval)
 
 
 def print_plan(

@@ -4,13 +4,15 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
+from explorer.cache import FeatureCache
 from explorer.errors import NotReadable, NotThere
 from explorer.store import ExploredStore
 from storage.catalog import find_artifact
 from storage.errors import ArtifactMissing
 from storage.lineage import input_artifacts
 
-TABLE = "features.parquet"
+TABLE, WHOLE = "features.parquet", "audit.parquet"
+SINCE = ("low", "high", "effect")  # columns that evaluations of schema 4 and later have
 
 
 class Moved(NamedTuple):
@@ -20,7 +22,8 @@ class Moved(NamedTuple):
     policy: str
     cache: str  # the features artifact of the reference
     settings: dict[str, Any]  # of the training
-    rows: pl.DataFrame  # feature, side, reference, policy, change, tokens; largest change first
+    # feature, side, reference, policy, change, low, high, effect, tokens; largest change first
+    rows: pl.DataFrame
 
 
 def moved_features(store: ExploredStore, name: str) -> Moved:
@@ -46,4 +49,43 @@ def moved_features(store: ExploredStore, name: str) -> Moved:
     frame = pl.read_parquet(artifact.path(TABLE))
     change = pl.col("policy") - pl.col("reference")
     rows = frame.with_columns(change=change).sort(change.abs(), descending=True)
+    missing = [pl.lit(None, pl.Float64).alias(name) for name in SINCE if name not in rows.columns]
+    rows = rows.with_columns(missing)
     return Moved(info.name, policy.name, inputs["features"], policy.manifest["recipe"], rows)
+
+
+def policy_changes(store: ExploredStore, cache: FeatureCache, name: str) -> pl.DataFrame:
+    """How a policy's features differ from the reference's, whose cache it was trained with.
+
+    Args:
+        store: the store.
+        cache: of the reference.
+        name: of a policy (``policy/VERSION``, or its start) or of an evaluation of one.
+
+    Returns:
+        The audit of its newest evaluation with this cache, a row a feature and side that fires.
+
+    Raises:
+        NotThere: no evaluation of such a policy with this cache.
+        NotReadable: it was made before audits were part of one.
+    """
+    found = [
+        info
+        for info in store.artifacts()
+        if info.stage == "evaluation" and info.state == "complete"
+        and _is_of(input_artifacts(info.inputs or {}), cache, name, info.name)
+    ]  # fmt: skip
+    if not found:
+        raise NotThere(
+            f"no evaluation of {name} with {cache.name}; `fpo run` with its recipe makes one"
+        )
+    info = max(found, key=lambda one: one.created or "")
+    artifact = store.store.artifact(info.stage, info.version)
+    if WHOLE not in artifact.files:
+        raise NotReadable(f"{info.name} has no audit: run its recipe again, or use `fpo audit`")
+    return pl.read_parquet(artifact.path(WHOLE))
+
+
+def _is_of(inputs: dict[str, str], cache: FeatureCache, name: str, evaluation: str) -> bool:
+    mine = inputs.get("features") == cache.name
+    return mine and (evaluation.startswith(name) or inputs.get("policy", "").startswith(name))

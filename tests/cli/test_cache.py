@@ -37,7 +37,7 @@ def test_caches_and_their_features(cache, tmp_path):
     assert (found["name"], found["refs"]) == (f"features/{listed[0]['version']}", ["tiny"])
 
 
-def test_a_feature_a_pair_and_a_label(cache, tmp_path):
+def test_a_feature_a_pair_and_a_label(cache, store, tmp_path):
     (row,) = json.loads(cache("features", "tiny", "-n", 1, "--sort", "max", "--json").out)
     number = row["feature"]
     assert cache("label", "tiny", number, "a fox").code == 0
@@ -65,6 +65,10 @@ def test_a_feature_a_pair_and_a_label(cache, tmp_path):
     assert pair.code == 0, pair.err
     assert "What is number" in pair.out.replace("\n", " ")
     assert cache("diff", "tiny", "tiny").code == 0
+    (policy,) = (store / "artifacts" / "policy").iterdir()
+    (audit,) = store.glob("artifacts/evaluation/*/data/audit.parquet")
+    cache("diff", "tiny", f"policy/{policy.name[:6]}", "--parquet", tmp_path / "moved.parquet")
+    assert pl.read_parquet(tmp_path / "moved.parquet").equals(pl.read_parquet(audit))
 
 
 @pytest.mark.parametrize(
@@ -74,6 +78,7 @@ def test_a_feature_a_pair_and_a_label(cache, tmp_path):
         (("feature", "tiny", "96"), 1, "no feature 96 in this SAE, whose features are 0 to 95"),
         (("pair", "tiny", "xyz"), 1, "no pair 'xyz' in this cache"),
         (("features", "tiny", "--sort", "size"), 2, "unknown order 'size'; one of difference"),
+        (("diff", "tiny", "policy/00"), 1, "no evaluation of policy/00 with features/"),
         (("label", "tiny", "3"), 2, "give FEATURE and TEXT, or --import FILE"),
     ],
 )
