@@ -32,6 +32,14 @@ class Result(NamedTuple):
     err: str
 
 
+# Minutes in one file: begun last, it would keep one process busy after the other has ended.
+FIRST = "test_interrupted.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name != FIRST)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def prefect_home(tmp_path_factory) -> Iterator[None]:
     """Prefect's database and profiles in a folder of this session, also for processes it starts."""
