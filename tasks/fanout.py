@@ -159,6 +159,7 @@ def fan_out(
                     found = _result(works, future)
                 except ShardFailed as error:
                     yield from error.finished
+                    yield from _others_finished(running)
                     raise _told(error) from error.error
                 yield from found.done
                 a_task = _shards_a_task(found)
@@ -192,6 +193,22 @@ def _first_done(running: dict[Any, Any]) -> Any:
 
     (done, *_), _ = ray.wait(list(running), num_returns=1)
     return done
+
+
+def _others_finished(running: dict[Any, Any]) -> Iterator[ShardDone]:
+    """Of the tasks that have ended meanwhile; each is taken out of ``running``."""
+    import ray
+
+    if not running:
+        return
+    for reference in ray.wait(list(running), num_returns=len(running), timeout=0)[0]:
+        works, future = running.pop(reference)
+        try:
+            yield from _result(works, future).done
+        except ShardFailed as error:
+            yield from error.finished
+        except FPOError as error:
+            log.warning("%s", error)  # the run ends with the failure that came first
 
 
 def _result(todo: Sequence[Todo], future: Any) -> ShardsDone:

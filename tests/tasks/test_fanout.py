@@ -173,21 +173,30 @@ def test_a_mistake_of_ours_is_told_with_its_shard(ray, tmp_path):
 
 
 class Short(NamedTuple):
-    """A job whose shards take no time and say their number as their tokens; the last one fails."""
+    """A job whose shards take no time and say their number as their tokens.
+
+    The last one fails, once the shards of all other tasks have come to the one that asked for them.
+    """
 
     last: int
+    others_came: Path
 
     def worker(self) -> "Short":
         return self
 
     def run(self, work: Todo) -> ShardDone:
         if work.shard == self.last:
+            ends = time.monotonic() + 60
+            while not self.others_came.exists() and time.monotonic() < ends:
+                time.sleep(0.05)
             raise FPOError("it cannot be computed")
         return ShardDone(work.shard, {})
 
 
 @pytest.mark.slow
-def test_short_shards_share_a_task_and_those_before_a_failed_one_are_kept(ray, monkeypatch):
+def test_short_shards_share_a_task_and_those_before_a_failed_one_are_kept(
+    ray, tmp_path, monkeypatch
+):
     sent: list[int] = []
     submit = fanout._submit
     monkeypatch.setattr(
@@ -196,13 +205,39 @@ def test_short_shards_share_a_task_and_those_before_a_failed_one_are_kept(ray, m
     last = 199
     todo = [Todo(number, ()) for number in range(last + 1)]
     done: list[int] = []
+    others_came = tmp_path / "others came"
+
+    def ask() -> None:
+        for shard in fan_out(Short(last, others_came), todo, OF_TWO):
+            done.append(shard.tokens)
+            if sum(sent) == len(todo) and len(done) == len(todo) - sent[-1]:
+                others_came.touch()
+
     with pytest.raises(FPOError, match=f"shard {last}: it cannot be computed"):
-        done.extend(shard.tokens for shard in fan_out(Short(last), todo, OF_TWO))
+        ask()
+    assert others_came.exists()
     assert sorted(done) == list(range(last))
     assert sum(sent) == last + 1
     assert (sent[:2], max(sent) > 20) == ([1, 1], True)
     assert len(sent) < 40
     assert sent[-1] == 1  # nobody is left with many at the end
+
+
+@pytest.mark.slow
+def test_what_other_workers_finished_before_the_failure_was_seen_is_kept(
+    ray, tmp_path, monkeypatch
+):
+    def the_failed_one_when_all_have_ended(running: dict[Any, Any]) -> Any:
+        import ray
+
+        ray.wait(list(running), num_returns=len(running))
+        return next(ref for ref, (works, _) in running.items() if works[0].shard == 1)
+
+    monkeypatch.setattr(fanout, "_first_done", the_failed_one_when_all_have_ended)
+    done: list[ShardDone] = []
+    with pytest.raises(FPOError, match="shard 1: it cannot be computed"):
+        done.extend(fan_out(Short(1, tmp_path), [Todo(0, ()), Todo(1, ())], OF_TWO))
+    assert [shard.tokens for shard in done] == [0]
 
 
 @pytest.mark.slow
