@@ -248,7 +248,7 @@ def steps() -> Iterator[Tuple[str, List[Any]]]:
         yield f"{torch[0]}, the largest download", ["--constraint", LOCK, *torch]
     rest = len(pins) - len(build_tools) - len(torch)
     yield f"{rest} packages", ["--no-build-isolation", "--requirement", LOCK]
-    yield "the quickstart's model", ["--no-deps", "--requirement", NODEPS_LOCK]
+    yield "the quickstart's model, IFEval's sentences", ["--no-deps", "--requirement", NODEPS_LOCK]
     yield "this project", ["--no-deps", "--no-build-isolation", "--editable", ROOT]
 
 
