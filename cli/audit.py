@@ -1,7 +1,7 @@
 """``fpo audit``: what training moved, feature by feature."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import polars as pl
 import typer
@@ -31,7 +31,17 @@ def audit(
             "--against", metavar="GROUP:GROUP", help="And how two groups moved apart; repeatable."
         ),
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Features shown.")] = 20,
+    sort: Annotated[
+        Literal["effect", "change"], typer.Option(help="What is large comes first.")
+    ] = "effect",
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Rows shown.")] = 20,
+    group: Annotated[
+        Path | None,
+        typer.Option(
+            "--group", metavar="FILE", help="Write the features shown there, as lines of a recipe."
+        ),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Of that group.")] = "moved",
     store: StoreUrl = None,
     as_json: AsJson = False,
     parquet: Annotated[
@@ -50,8 +60,10 @@ def audit(
       fpo audit quickstart
       fpo audit quickstart --set train.method=dpo --groups style.yaml --parquet moved.parquet
       fpo audit quickstart --groups style.yaml --groups content.yaml --against style:content
+      fpo audit quickstart --sort change -n 60 --group moved.yaml
     """
     from cli.show import new_table, print_json, with_interval
+    from explorer.group import group_yaml
     from explorer.labels import Labels
     from explorer.store import sae_of_run
     from fpo_core.evaluation.audit import RATE
@@ -65,6 +77,11 @@ def audit(
     found = audit_run(run, {**labels.groups(), **given}, apart)
     named = [labels.text(one) for one in found.features["feature"].to_list()]
     features = found.features.insert_column(1, pl.Series("label", named, dtype=pl.String))
+    if sort == "change":
+        features = features.sort(pl.col("change").abs(), descending=True, maintain_order=True)
+    if group is not None:
+        text = group_yaml(features.head(limit)["feature"].to_list(), name)
+        group.write_text(text, encoding="utf-8")
     if parquet is not None:
         features.write_parquet(parquet)
     if as_json:

@@ -4,6 +4,7 @@ import json
 
 import polars as pl
 import pytest
+import yaml
 
 
 @pytest.fixture
@@ -50,6 +51,22 @@ def test_groups_move_as_the_mean_of_their_features(audit, tmp_path):
         )
         assert found["three"]["change"] == pytest.approx(three, abs=1e-9)
         assert found["three - one"]["change"] == pytest.approx(three - one, abs=1e-9)
+
+
+def test_what_moved_most_becomes_a_group(audit, tmp_path):
+    group = tmp_path / "moved.yaml"
+    arguments = ("--sort", "change", "-n", 5, "--json")
+    rows = json.loads(audit(*arguments, "--group", group, "--name", "style").out)["features"]
+    sizes = [abs(row["change"]) for row in rows]
+    assert sizes == sorted(sizes, reverse=True)
+    every = json.loads(audit("-n", 500, "--json").out)["features"]
+    assert sizes[0] == max(abs(row["change"]) for row in every)
+    (written,) = yaml.safe_load(group.read_text())["train"]["groups"]
+    assert written == {
+        "name": "style", "features": sorted({row["feature"] for row in rows}), "weight": 1.0
+    }  # fmt: skip
+    measured = json.loads(audit("--groups", group, "--json").out)["groups"]
+    assert {row["group"] for row in measured} == {"style"}
 
 
 def test_mistakes_are_told(audit, fpo, finished_run, tmp_path):
