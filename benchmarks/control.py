@@ -1,0 +1,154 @@
+"""Holding a behaviour by its features: numbered lists, on the quickstart's model.
+
+    python -m benchmarks.control [--folder control]
+
+Makes pairs of the quickstart's in which only the rejected answers are lists, and the recipe
+`plain.yaml` that trains on them; takes the features that this training moves most as a group; and
+trains again with the group held at some weights. Three runs are there for comparison: with as many
+other features held, with those that ``fpo cache find`` gives for lists, and with nothing held at a
+lower rate. Prints a Markdown table: lists in sampled answers to held-out prompts that ask for one,
+what the policy learnt, how far it went, and how much the group and all features moved. Every run is
+an ordinary ``fpo run``; all take about 40 minutes on two cores.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+import yaml
+
+from benchmarks.methods import evaluation, metrics, run
+from explorer.find import find_features, read_texts
+from fpo_core.evaluation.audit import RATE
+from fpo_core.quiet import set_quiet_defaults
+from storage.location import open_store
+from tasks.audit import audit_run
+from tasks.run import prepare_run
+
+DATA = Path("recipes/data/quickstart")
+ASK = " Give three points as a numbered list."
+SENTENCE_END = re.compile(r"(?<=[.!?]) ")
+ITEM = re.compile(r"^\s*\d+[.)] ", re.MULTILINE)
+SIZE = 60  # features of a group
+METRICS = (("accuracy", 3), ("margin", 3), ("kl_chosen", 2), ("kl_rejected", 2))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path("control"), help="for its files")
+    parser.add_argument("--store", default="fpo-store")
+    options = parser.parse_args(arguments)
+    recipe = write_recipe(options.folder)
+    run(recipe, [], options.store, "control-plain")
+    moved, next_moved = most_moved(recipe, options.store)
+    variants = {
+        "nothing held": [],
+        "the group, weight 10": [held(moved, 10)],
+        "the group, weight 100": [held(moved, 100)],
+        "the next 60 features, weight 10": [held(next_moved, 10)],
+        "10 features of lists, weight 100": [held(of_lists(recipe, options), 100)],
+        "nothing held, `train.lr=4e-6`": ["train.lr=4e-6"],
+    }
+    print(
+        "| | answers with a list | items an answer | accuracy | margin | KL chosen | KL rejected "
+        "| group on chosen | on rejected | moved |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for number, (name, overrides) in enumerate(variants.items()):
+        run(recipe, overrides, options.store, f"control-{number}")
+        artifact = evaluation(recipe, overrides, open_store(options.store))
+        answers = pl.read_parquet(artifact.path("answers.parquet"))
+        if number == 0:
+            print(f"| the reference | {' | '.join(lists_in(answers['before']))} |" + " |" * 7)
+        found = metrics(artifact)
+        cells = [*lists_in(answers["after"])]
+        cells += [f"{found[key]['policy']['value']:.{digits}f}" for key, digits in METRICS]
+        cells += what_moved(recipe, overrides, options.store, moved)
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def write_recipe(folder: Path) -> str:
+    """The pairs, and the recipe that trains on them.
+
+    Returns:
+        The recipe's file.
+    """
+    folder.mkdir(exist_ok=True)
+    texts: dict[str, list[str]] = {"lists": [], "prose": []}
+    for split in ("train", "heldout"):
+        lines = (DATA / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+            for pair in map(json.loads, lines):
+                listed = as_list(pair["rejected"])
+                if split == "train":
+                    texts["lists"].append(listed)
+                    texts["prose"].append(pair["rejected"])
+                row = {"prompt": pair["prompt"] + ASK, "chosen": pair["chosen"], "rejected": listed}
+                file.write(json.dumps(row) + "\n")
+    for name, rows in texts.items():
+        written = "".join(json.dumps({"text": text}) + "\n" for text in rows)
+        (folder / f"{name}.jsonl").write_text(written, encoding="utf-8")
+    recipe = {
+        "base": "quickstart", "name": "control-plain",
+        "data": {name: [str(folder / f"{name}.jsonl")] for name in ("train", "heldout")},
+        "evaluation": {"prompts": 56, "max_new_tokens": 96},
+        "monitor": {"heldout_steps": 0},
+    }  # fmt: skip
+    file = folder / "plain.yaml"
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return str(file)
+
+
+def as_list(text: str) -> str:
+    """A text's sentences as the items of a numbered list."""
+    sentences = SENTENCE_END.split(text)
+    return "\n".join(f"{number}. {one}" for number, one in enumerate(sentences, 1))
+
+
+def most_moved(recipe: str, store: str) -> tuple[list[int], list[int]]:
+    """The features that a run moved most on either side, and as many that come next."""
+    table = pl.read_parquet(evaluation(recipe, [], open_store(store)).path("audit.parquet"))
+    features = table.sort(pl.col("change").abs(), descending=True)["feature"]
+    ranked = features.unique(maintain_order=True).to_list()
+    return sorted(ranked[:SIZE]), sorted(ranked[SIZE : 2 * SIZE])
+
+
+def of_lists(recipe: str, options: argparse.Namespace) -> list[int]:
+    """Features that fire in lists and not in the same text as prose."""
+    texts = [read_texts(options.folder / f"{name}.jsonl") for name in ("lists", "prose")]
+    prepared, _ = prepare_run(recipe, [], options.store, only="tokenize")
+    return find_features(prepared, *texts)["feature"].head(10).to_list()
+
+
+def held(features: list[int], weight: float) -> str:
+    """The override that holds a group."""
+    group = {"name": "lists", "features": features, "weight": weight}
+    return f"train.groups={json.dumps([group])}"
+
+
+def lists_in(answers: pl.Series) -> tuple[str, str]:
+    """How many answers have an item of a numbered list, and the mean number of items."""
+    items = [len(ITEM.findall(answer)) for answer in answers]
+    having = sum(count > 0 for count in items)
+    return f"{having} of {len(items)}", f"{sum(items) / len(items):.2f}"
+
+
+def what_moved(recipe: str, overrides: list[str], store: str, group: list[int]) -> list[str]:
+    """The group's change and effect on either side; how many features and sides moved."""
+    prepared, _ = prepare_run(recipe, overrides, store, only="tokenize")
+    audit = audit_run(prepared, {"measured": group})
+    cells = [
+        f"{row['change']:+.3f} ({row['effect']:+.2f})"
+        for row in audit.groups.filter(pl.col("group") == "measured").iter_rows(named=True)
+    ]
+    moved = audit.features.filter(pl.col("q") < RATE).height
+    return [*cells, f"{moved:,} of {audit.features.height:,}"]
+
+
+if __name__ == "__main__":
+    set_quiet_defaults()
+    main()
