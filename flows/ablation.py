@@ -86,7 +86,7 @@ def run_cells(
     """
     total = len(sweep.cells)
     # In this order an error first ends the processes, and then waits for the threads.
-    with ThreadPoolExecutor(parallel) as pool, _processes() as processes:
+    with ThreadPoolExecutor(parallel) as pool, _processes(parallel) as processes:
 
         def run(number: int) -> CellOutcome:
             one = sweep.cells[number]
@@ -124,8 +124,11 @@ def report_sweep(sweep: Sweep, outcomes: Sequence[CellOutcome], folder: Path) ->
 class _Processes:
     """The cells' processes that are at work; they go with the sweep."""
 
-    def __init__(self) -> None:
+    def __init__(self, parallel: int) -> None:
         self._lock, self._running, self._ending = Lock(), set[subprocess.Popen[str]](), False
+        # More threads than cores wait for each other in a loop.
+        cores = max(1, (os.cpu_count() or 1) // parallel)
+        self._threads = {"OMP_NUM_THREADS": str(cores)} if parallel > 1 else {}
 
     def run(self, one: PlannedCell, job: CellJob) -> CellOutcome:
         """Run a cell to its end; its log lines come out behind its name."""
@@ -153,8 +156,8 @@ class _Processes:
                 return None
             process = subprocess.Popen(
                 [sys.executable, "-m", "flows.cell"], stdin=subprocess.PIPE,
-                stderr=subprocess.PIPE, text=True, env={**os.environ, **_same_server()},
-                preexec_fn=end_with_parent(),
+                stderr=subprocess.PIPE, text=True, preexec_fn=end_with_parent(),
+                env={**self._threads, **os.environ, **_same_server()},
             )  # fmt: skip
             self._running.add(process)
         assert process.stdin is not None
@@ -171,8 +174,8 @@ class _Processes:
 
 
 @contextmanager
-def _processes() -> Iterator[_Processes]:
-    processes = _Processes()
+def _processes(parallel: int) -> Iterator[_Processes]:
+    processes = _Processes(parallel)
     try:
         yield processes
     except BaseException:

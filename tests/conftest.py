@@ -61,6 +61,16 @@ def prefect_server(prefect_home) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def served(prefect_server) -> Iterator[None]:
+    """Processes that a module's tests start use this server, too, rather than each its own."""
+    from prefect.settings import PREFECT_API_URL
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PREFECT_API_URL", str(PREFECT_API_URL.value()))
+        yield
+
+
 class FinishedRun(NamedTuple):
     """A tiny recipe that ran to its end, for tests that only read; others copy the store."""
 

@@ -72,7 +72,7 @@ def run_workers(
         job = job.model_copy(update={"patience": PATIENCE_SECONDS})
     job_file = job.output / JOB_FILE
     job.save(job_file)
-    env = _environment(job, hosts)
+    env = _environment(job, ranks, hosts)
     if hosts:
         launcher = HostsLauncher(job, job_file, hosts, env)
     else:
@@ -127,7 +127,7 @@ def _tell_of_checkpoints(
             on_checkpoint(folder)
 
 
-def _environment(job: TrainingJob, hosts: Hosts | None) -> dict[str, str]:
+def _environment(job: TrainingJob, ranks: int, hosts: Hosts | None) -> dict[str, str]:
     env = dict(os.environ)
     if not torch.cuda.is_available():
         env["DS_ACCELERATOR"] = "cpu"
@@ -135,7 +135,9 @@ def _environment(job: TrainingJob, hosts: Hosts | None) -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
     if job.threads or hosts is None:  # other hosts have cores of their own
-        env["OMP_NUM_THREADS"] = str(job.threads or torch.get_num_threads())
+        # More threads than cores wait for each other in a loop: two ranks of two cores that took
+        # both of them would be many times slower than one rank.
+        env["OMP_NUM_THREADS"] = str(job.threads or max(1, torch.get_num_threads() // ranks))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     return env
 

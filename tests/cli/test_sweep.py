@@ -24,7 +24,7 @@ def policies(store: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def two_sweeps(finished_run, tmp_path_factory):
+def two_sweeps(served, finished_run, tmp_path_factory):
     """One sweep started twice at the same time, on a store that has the caches and one cell."""
     folder = tmp_path_factory.mktemp("sweeps")
     shutil.copytree(finished_run.store, folder / "store")
