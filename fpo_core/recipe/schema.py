@@ -251,7 +251,9 @@ class PoolSettings(Settings):
 class ResourceSettings(Settings):
     """How the work is done; changes speed and memory, not the result."""
 
-    threads: Count | None = Field(default=None, description="CPU threads; default: all cores")
+    threads: Count | None = Field(
+        default=None, description="CPU threads of a process; default: all cores, which ranks share"
+    )
     tokens_per_batch: Count = Field(
         default=1024,
         description="tokens a micro-batch of training or a forward pass of evaluation, padding "
