@@ -14,8 +14,9 @@ help: ## show this list
 quickstart: setup ## run the whole pipeline on a small real model, on this machine; ARGS go to `fpo run`
 	@$(BIN)/fpo run quickstart $(ARGS)
 
+# Two processes run tests: with more threads than cores they would wait for each other in loops.
 test: setup ## run all tests; ARGS go to pytest
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: setup ## run the tests that take seconds; ARGS go to pytest
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     print(
         "| | answers with a list | items an answer | accuracy | margin | KL chosen | KL rejected "
-        "| group on chosen | on rejected | moved |"
+        "| the group's change | the others' | moved |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for number, (name, overrides) in enumerate(variants.items()):
@@ -138,15 +138,16 @@ def lists_in(answers: pl.Series) -> tuple[str, str]:
 
 
 def what_moved(recipe: str, overrides: list[str], store: str, group: list[int]) -> list[str]:
-    """The group's change and effect on either side; how many features and sides moved."""
+    """How far the group's features moved and how far the others, as root mean squares; how many."""
     prepared, _ = prepare_run(recipe, overrides, store, only="tokenize")
-    audit = audit_run(prepared, {"measured": group})
-    cells = [
-        f"{row['change']:+.3f} ({row['effect']:+.2f})"
-        for row in audit.groups.filter(pl.col("group") == "measured").iter_rows(named=True)
+    features = audit_run(prepared, {}).features
+    inside = pl.col("feature").is_in(group)
+    moved = [
+        features.filter(which).select((pl.col("change") ** 2).mean().sqrt()).item()
+        for which in (inside, ~inside)
     ]
-    moved = audit.features.filter(pl.col("q") < RATE).height
-    return [*cells, f"{moved:,} of {audit.features.height:,}"]
+    count = features.filter(pl.col("q") < RATE).height
+    return [*(f"{one:.3f}" for one in moved), f"{count:,} of {features.height:,}"]
 
 
 if __name__ == "__main__":
