@@ -25,7 +25,6 @@ from explorer.find import find_features, read_texts
 from fpo_core.evaluation.audit import RATE
 from fpo_core.quiet import set_quiet_defaults
 from storage.location import open_store
-from tasks.audit import audit_run
 from tasks.run import prepare_run
 
 DATA = Path("recipes/data/quickstart")
@@ -67,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = metrics(artifact)
         cells = [*lists_in(answers["after"])]
         cells += [f"{found[key]['policy']['value']:.{digits}f}" for key, digits in METRICS]
-        cells += what_moved(recipe, overrides, options.store, moved)
+        cells += what_moved(pl.read_parquet(artifact.path("audit.parquet")), moved)
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
@@ -137,10 +136,8 @@ def lists_in(answers: pl.Series) -> tuple[str, str]:
     return f"{having} of {len(items)}", f"{sum(items) / len(items):.2f}"
 
 
-def what_moved(recipe: str, overrides: list[str], store: str, group: list[int]) -> list[str]:
+def what_moved(features: pl.DataFrame, group: list[int]) -> list[str]:
     """How far the group's features moved and how far the others, as root mean squares; how many."""
-    prepared, _ = prepare_run(recipe, overrides, store, only="tokenize")
-    features = audit_run(prepared, {}).features
     inside = pl.col("feature").is_in(group)
     moved = [
         features.filter(which).select((pl.col("change") ** 2).mean().sqrt()).item()
