@@ -3,11 +3,11 @@
     python -m benchmarks.control [--folder control]
 
 Makes pairs of the quickstart's in which only the rejected answers are lists, and the recipe
-`plain.yaml` that trains on them; takes the features that this training moves most as a group; and
-trains again with the group held at some weights. Three runs are there for comparison: with as many
-other features held, with those that ``fpo cache find`` gives for lists, and with nothing held at a
-lower rate. Prints a Markdown table: lists in sampled answers to held-out prompts that ask for one,
-what the policy learnt, how far it went, and how much the group and all features moved. Every run is
+`plain.yaml` that trains on them; then trains with groups of features held: those that ``fpo cache
+find`` gives for lists, those that the plain training moved most, and, for comparison, as many that
+come after them; and with nothing held at a lower rate. Prints a Markdown table: lists in sampled
+answers to held-out prompts that ask for one, what the policy learnt, how far it went, how far the
+features of lists moved and how far all others (root mean squares), and how many moved. Every run is
 an ordinary ``fpo run``; all take about 40 minutes on two cores.
 """
 
@@ -44,17 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = write_recipe(options.folder)
     run(recipe, [], options.store, "control-plain")
     moved, next_moved = most_moved(recipe, options.store)
+    lists = of_lists(recipe, options)
     variants = {
         "nothing held": [],
-        "the group, weight 10": [held(moved, 10)],
-        "the group, weight 100": [held(moved, 100)],
-        "the next 60 features, weight 10": [held(next_moved, 10)],
-        "10 features of lists, weight 100": [held(of_lists(recipe, options), 100)],
+        "10 features of lists, weight 100": [held(lists, 100)],
+        "10 features of lists, weight 1000": [held(lists, 1000)],
+        "the 60 that moved most, weight 10": [held(moved, 10)],
+        "the 60 that moved most, weight 100": [held(moved, 100)],
+        "the next 60, weight 10": [held(next_moved, 10)],
         "nothing held, `train.lr=4e-6`": ["train.lr=4e-6"],
     }
     print(
         "| | answers with a list | items an answer | accuracy | margin | KL chosen | KL rejected "
-        "| the group's change | the others' | moved |"
+        "| lists' change | all others' | moved |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for number, (name, overrides) in enumerate(variants.items()):
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = metrics(artifact)
         cells = [*lists_in(answers["after"])]
         cells += [f"{found[key]['policy']['value']:.{digits}f}" for key, digits in METRICS]
-        cells += what_moved(pl.read_parquet(artifact.path("audit.parquet")), moved)
+        cells += what_moved(pl.read_parquet(artifact.path("audit.parquet")), lists)
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

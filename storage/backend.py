@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
+
+import pyarrow as pa
 
 from storage.errors import StoreError
 
@@ -113,7 +115,7 @@ class Backend(Protocol):
         """A local file with the object's bytes, checked; FileDamaged with the reason."""
         ...
 
-    def open(self, key: str, record: FileRecord) -> IO[bytes]:
+    def open(self, key: str, record: FileRecord) -> pa.NativeFile:
         """The object, to read parts of it: checked by its size alone; FileDamaged if it differs."""
         ...
 

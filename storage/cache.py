@@ -22,6 +22,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+import pyarrow as pa
+
 from storage.backend import FileRecord
 from storage.errors import StoreError
 from storage.local import explained, file_damage
@@ -89,13 +91,13 @@ class ReadCache:
                 self._checked.add(record.sha256)
         return path
 
-    def opened(self, record: FileRecord) -> IO[bytes] | None:
+    def opened(self, record: FileRecord) -> pa.NativeFile | None:
         """The file of that content, if it is here; unverified, and readable once it is dropped."""
         try:
-            stream = self._object(record.sha256).open("rb")
+            stream = pa.OSFile(str(self._object(record.sha256)))
         except OSError:
             return None
-        if os.fstat(stream.fileno()).st_size != record.bytes:
+        if stream.size() != record.bytes:
             stream.close()
             return None
         return stream

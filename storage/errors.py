@@ -19,8 +19,11 @@ class ArtifactCorrupt(StoreError):
     """
 
     def __init__(self, message: str, artifact: str, version: str) -> None:
-        super().__init__(message)
+        super().__init__(message, artifact, version)  # all: it is pickled by its arguments
         self.artifact, self.version = artifact, version
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 class OtherFormat(StoreError):

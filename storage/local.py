@@ -10,7 +10,8 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+
+import pyarrow as pa
 
 from storage.backend import (
     BytesDone,
@@ -133,13 +134,13 @@ class LocalBackend:
         on_bytes(record.bytes)
         return self._path(key)
 
-    def open(self, key: str, record: FileRecord) -> IO[bytes]:
+    def open(self, key: str, record: FileRecord) -> pa.NativeFile:
         """See Backend."""
         try:
-            stream = self._path(key).open("rb")
+            stream = pa.OSFile(str(self._path(key)))  # of Python's, Arrow's threads may outlive it
         except FileNotFoundError:
             raise FileDamaged("it is missing") from None
-        size = os.fstat(stream.fileno()).st_size
+        size = stream.size()
         if size != record.bytes:
             stream.close()
             raise FileDamaged(f"it has {size} bytes, written were {record.bytes}")

@@ -12,6 +12,8 @@ from storage.errors import StoreError
 # As measured: benchmarks/RESULTS.md, "Parquet shards".
 COMPRESSION_LEVEL = 3
 ROW_GROUP_ROWS = 32_768  # a reader on S3 fetches only the groups that hold what it looks for
+# In the metadata of files whose pages have checksums, which nothing else in a footer tells.
+CHECKED = b"fpo.page_checksums"
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -28,7 +30,8 @@ def write_parquet(table: pa.Table, sink: Path | IO[bytes]) -> None:
     for path, kind in _leaves(table.schema):
         (floats if pa.types.is_floating(kind) else others).append(path)
     pq.write_table(
-        table, sink, compression="zstd", compression_level=COMPRESSION_LEVEL,
+        table.replace_schema_metadata({**(table.schema.metadata or {}), CHECKED: b"crc32"}), sink,
+        compression="zstd", compression_level=COMPRESSION_LEVEL,
         row_group_size=ROW_GROUP_ROWS,
         use_dictionary=others, use_byte_stream_split=floats, write_page_index=True,
         write_page_checksum=True,  # for who reads parts of a file, which the sha256 is not of

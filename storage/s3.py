@@ -6,8 +6,9 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
+import pyarrow as pa
 from botocore.exceptions import ClientError
 
 from storage.backend import (
@@ -167,12 +168,12 @@ class S3Backend:
             record, lambda target: self._files.download(name, record, target, on_bytes)
         )
 
-    def open(self, key: str, record: FileRecord) -> IO[bytes]:
+    def open(self, key: str, record: FileRecord) -> pa.NativeFile:
         """See Backend. From the read cache where it is there; else what is read is fetched."""
         cached = self._cache.opened(record)
         if cached is not None:
             return cached
-        return cast(IO[bytes], ObjectReader(self._bucket, self._key(key), record.bytes))
+        return pa.PythonFile(ObjectReader(self._bucket, self._key(key), record.bytes), mode="r")
 
     def copy_to(self, key: str, record: FileRecord, path: Path) -> None:
         """See Backend. Past the read cache."""

@@ -5,7 +5,7 @@ import os
 
 from botocore.exceptions import ClientError
 
-from storage.errors import FileDamaged
+from storage.errors import FileDamaged, StoreError
 from storage.s3_bucket import Bucket, again, blocks
 from storage.s3_errors import BrokenAnswerError, is_missing
 
@@ -57,6 +57,8 @@ class ObjectReader(io.RawIOBase):
             except ClientError as error:
                 if is_missing(error):
                     raise FileDamaged("it is missing") from None
+                if error.response.get("Error", {}).get("Code") in ("InvalidRange", "416"):
+                    raise FileDamaged(f"it is cut off, written were {self._size} bytes") from None
                 raise
         buffer[: len(data)] = data
         self._place = end
@@ -66,6 +68,8 @@ class ObjectReader(io.RawIOBase):
         answer = self._bucket.client.get_object(
             Bucket=self._bucket.name, Key=self._name, Range=f"bytes={begin}-{end - 1}"
         )
+        if "ContentRange" not in answer:
+            raise StoreError("the service, or a proxy before it, does not answer ranges of objects")
         whole = int(answer["ContentRange"].rpartition("/")[2])
         if whole != self._size:
             raise FileDamaged(f"it has {whole} bytes, written were {self._size}")

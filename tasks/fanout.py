@@ -22,7 +22,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from fpo_core.errors import FPOError
 from fpo_core.recipe.schema import InferenceSettings
-from storage.errors import StoreError
+from storage.errors import ArtifactCorrupt, StoreError
 from storage.writer import Receipt
 from tasks.cluster import RETRIES, Room, ray_cluster
 
@@ -141,6 +141,7 @@ def fan_out(
 
     Raises:
         FPOError: no such cluster, too small a one, or a shard that failed, by its number.
+        ArtifactCorrupt: what a shard is computed from is damaged.
     """
     with ray_cluster(settings) as runner:
         room, shared = Room.of(settings), _Shared(job)
@@ -161,6 +162,9 @@ def fan_out(
                     yield from error.finished
                     yield from _others_finished(running)
                     raise _told(error) from error.error
+                except FPOError:
+                    yield from _others_finished(running)
+                    raise
                 yield from found.done
                 a_task = _shards_a_task(found)
         finally:
@@ -234,8 +238,10 @@ def _named(todo: Sequence[Todo]) -> str:
     return f"shard {numbers[0]}" if len(todo) == 1 else f"shards {', '.join(numbers)}"
 
 
-def _told(failed: ShardFailed) -> FPOError:
+def _told(failed: ShardFailed) -> FPOError | StoreError:
     error = failed.error
+    if isinstance(error, ArtifactCorrupt):  # which has a remedy of its own
+        return ArtifactCorrupt(str(failed), error.artifact, error.version)
     if isinstance(error, FPOError | StoreError):
         return FPOError(str(failed))
     return FPOError(

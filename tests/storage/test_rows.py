@@ -29,6 +29,24 @@ def test_rows_are_those_of_the_whole_table(artifact, place):
     assert place.open().artifact("reference", VERSION).rows("", 1, None, COLUMNS).equals(whole)
 
 
+def test_a_file_from_before_page_checksums_is_verified_as_a_whole(
+    store, place, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("storage.parquet.CHECKED", b"not yet written")
+    make(store)
+    data = bytearray(place.read(FILE))
+    whole = stored(place).select(COLUMNS)
+    assert store.artifact("reference", VERSION).rows("", 1, slice(1, 3), COLUMNS).equals(whole[1:])
+    group = pq.ParquetFile(pa.BufferReader(bytes(data))).metadata.row_group(0)
+    others = [group.column(number) for number in range(group.num_columns)]
+    (other,) = (one for one in others if one.path_in_schema == "rejected_logp")
+    data[other.data_page_offset + other.total_compressed_size - 1] ^= 0x10
+    place.write(FILE, bytes(data))
+    monkeypatch.setenv("FPO_CACHE", str(tmp_path / "an empty cache"))
+    with pytest.raises(ArtifactCorrupt, match=r"00001\.parquet: "):
+        place.open().artifact("reference", VERSION).rows("", 1, slice(1, 3), COLUMNS)
+
+
 def stored(place) -> pa.Table:
     return pq.read_table(pa.BufferReader(place.read(FILE)))
 
@@ -37,6 +55,9 @@ def test_a_missing_or_cut_file_is_told(artifact, place):
     data = place.read(FILE)
     place.write(FILE, data[:-1])
     with pytest.raises(ArtifactCorrupt, match=r"00001\.parquet: it has \d+ bytes, written were"):
+        artifact.rows("", 1, slice(0, 1), COLUMNS)
+    place.write(FILE, data[:9])
+    with pytest.raises(ArtifactCorrupt, match=r"00001\.parquet: it .* written were"):
         artifact.rows("", 1, slice(0, 1), COLUMNS)
     place.remove(FILE)
     with pytest.raises(ArtifactCorrupt, match=r"00001\.parquet: it is missing"):

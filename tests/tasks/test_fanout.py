@@ -1,6 +1,7 @@
 """Shards on a real Ray cluster of this machine: the same files, and what becomes of failures."""
 
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -18,9 +19,10 @@ from prefect.client.orchestration import get_client
 
 from fpo_core.errors import FPOError
 from fpo_core.recipe.schema import InferenceSettings
+from storage.errors import ArtifactCorrupt
 from tasks import fanout
 from tasks.cluster import RETRIES, Room, check_ray, ray_cluster
-from tasks.fanout import ShardDone, Todo, fan_out
+from tasks.fanout import ShardDone, ShardFailed, Todo, fan_out
 from tasks.features import features
 from tasks.offline import OfflineJob
 from tasks.reference import reference
@@ -170,6 +172,17 @@ def test_a_shard_that_kills_every_worker_ends_the_run(ray, tmp_path):
 def test_a_mistake_of_ours_is_told_with_its_shard(ray, tmp_path):
     with pytest.raises(FPOError, match="shard 5 failed on its Ray worker: ZeroDivisionError: a mi"):
         list(fan_out(Failing(tmp_path), [Todo(5, ())], OF_TWO))
+
+
+def test_a_damaged_file_comes_back_from_a_worker_as_one():
+    damage = ArtifactCorrupt("pairs/0123 is damaged: 00001.parquet: cut", "pairs", "0123")
+    failed = ShardFailed(3, (ShardDone(7, {}),), damage)
+    back = pickle.loads(pickle.dumps(failed))  # noqa: S301
+    assert back.finished == failed.finished
+    told = fanout._told(back)
+    assert isinstance(told, ArtifactCorrupt)
+    assert str(told) == "shard 3: pairs/0123 is damaged: 00001.parquet: cut"
+    assert (told.artifact, told.version) == ("pairs", "0123")
 
 
 class Short(NamedTuple):
