@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from cli.store import AsJson, StoreUrl
+from cli.store import AsJson, StoreUrl, in_a_folder
 from fpo_core.errors import FPOError, UsageError
 
 
@@ -38,7 +38,10 @@ def audit(
     group: Annotated[
         Path | None,
         typer.Option(
-            "--group", metavar="FILE", help="Write the features shown there, as lines of a recipe."
+            "--group",
+            metavar="FILE",
+            callback=in_a_folder,
+            help="Write the features shown there, as lines of a recipe.",
         ),
     ] = None,
     name: Annotated[str, typer.Option(help="Of that group.")] = "moved",
@@ -46,7 +49,12 @@ def audit(
     as_json: AsJson = False,
     parquet: Annotated[
         Path | None,
-        typer.Option("--parquet", metavar="FILE", help="Write all features and sides there."),
+        typer.Option(
+            "--parquet",
+            metavar="FILE",
+            callback=in_a_folder,
+            help="Write all features and sides there.",
+        ),
     ] = None,
 ) -> None:
     """What preference training moved: effect sizes of the SAE's features on held-out pairs.
@@ -63,18 +71,27 @@ def audit(
       fpo audit quickstart --sort change -n 60 --group moved.yaml
     """
     from cli.show import new_table, print_json, with_interval
-    from explorer.group import group_yaml
+    from explorer.group import check_name, group_yaml
     from explorer.labels import Labels
     from explorer.store import sae_of_run
     from fpo_core.evaluation.audit import RATE
     from tasks.audit import audit_run
     from tasks.run import prepare_run
 
+    check_name(name)
+    apart = [_two_groups(one) for one in against or []]
     run, _ = prepare_run(recipe, overrides or [], store, only="tokenize")
     labels = Labels(run.store, sae_of_run(run))
-    given = {name: one for path in groups or [] for name, one in _read_groups(path).items()}
-    apart = [_two_groups(one) for one in against or []]
-    found = audit_run(run, {**labels.groups(), **given}, apart)
+    taken, given = set(run.recipe.train.group_features), {}
+    for path in groups or []:
+        for called, members in _read_groups(path).items():
+            if called in taken:
+                raise UsageError(f"{path.name}: there is a group {called!r} already; rename one")
+            taken.add(called)
+            given[called] = members
+    labelled = {f"{text} (label)" if text in taken else text: members
+                for text, members in labels.groups().items()}  # fmt: skip
+    found = audit_run(run, {**labelled, **given}, apart)
     named = [labels.text(one) for one in found.features["feature"].to_list()]
     features = found.features.insert_column(1, pl.Series("label", named, dtype=pl.String))
     if sort == "change":
@@ -108,7 +125,9 @@ def audit(
 def _read_groups(path: Path) -> dict[str, list[int]]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return {one["name"]: [int(n) for n in one["features"]] for one in found["train"]["groups"]}
+        return {
+            str(one["name"]): [int(n) for n in one["features"]] for one in found["train"]["groups"]
+        }
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise FPOError(
             f"{path.name}: no feature groups; it is to have train.groups with name and features, "

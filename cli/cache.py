@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from cli.store import AsJson, StoreUrl
+from cli.store import AsJson, StoreUrl, in_a_folder
 
 app = typer.Typer(
     help="Browse stored feature caches: which features tell chosen from rejected, and where they "
@@ -24,7 +24,12 @@ Cache = Annotated[
 ]
 AsParquet = Annotated[
     Path | None,
-    typer.Option("--parquet", metavar="FILE", help="Write the table there instead; - for stdout."),
+    typer.Option(
+        "--parquet",
+        metavar="FILE",
+        callback=in_a_folder,
+        help="Write the table there instead; - for stdout.",
+    ),
 ]
 SHADES = ("", "on grey15", "on grey23", "on dark_green", "on green4")  # by strength
 
@@ -276,7 +281,12 @@ def find(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Features.")] = 10,
     group: Annotated[
         Path | None,
-        typer.Option("--group", metavar="FILE", help="Write them there, as lines of a recipe."),
+        typer.Option(
+            "--group",
+            metavar="FILE",
+            callback=in_a_folder,
+            help="Write them there, as lines of a recipe.",
+        ),
     ] = None,
     name: Annotated[str, typer.Option(help="Of the group.")] = "found",
     overrides: Annotated[
@@ -297,11 +307,12 @@ def find(
       fpo cache find quickstart --positive lists.txt --negative prose.txt --group lists.yaml
     """
     from explorer.find import find_features, read_texts
-    from explorer.group import group_yaml
+    from explorer.group import check_name, group_yaml
     from explorer.labels import Labels
     from explorer.store import ExploredStore, sae_of_run
     from tasks.run import prepare_run
 
+    check_name(name)
     texts = [read_texts(path) for path in (positive, negative)]
     run, _ = prepare_run(recipe, overrides or [], store, only="tokenize")
     frame = find_features(run, *texts).head(limit)

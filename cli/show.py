@@ -2,6 +2,7 @@
 
 import datetime as dt
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,13 +34,15 @@ _ACTION = {"complete": "reuse", "partial": "resume", "missing": "compute"}
 
 
 def print_json(value: Any) -> None:
-    """A result for programs: named tuples become objects."""
+    """A result for programs: named tuples become objects, and what is no number null."""
     print(json.dumps(_plain(value), indent=2, default=str))
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         value = value._asdict()  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,10 +1,12 @@
 """``fpo store``: look at the artifacts, verify and repair them, clean up, copy."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fpo_core.errors import UsageError
 from storage.errors import StoreError
 from storage.location import DEFAULT_STORE, open_store, store_url
 
@@ -18,6 +20,19 @@ StoreUrl = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead, for programs.")]
+
+
+def in_a_folder(path: Path | None) -> Path | None:
+    """Of a file to be written: that it can be is known before the work is done.
+
+    Raises:
+        UsageError: its folder is not there.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {str(path.parent)!r} to write it in")
+    return path
+
+
 Names = Annotated[
     list[str] | None,
     typer.Argument(help="STAGE/VERSION, or the start of either; all artifacts where left out."),

@@ -16,7 +16,8 @@ features holds every stored activation of ``pooled`` and takes a reading of it:
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -132,11 +133,10 @@ def _made(cache: FeatureCache, name: str, make: Callable[[FeatureCache, Path], N
 
 def _make_pairs(cache: FeatureCache, folder: Path) -> None:
     """From two columns of ``pooled``."""
-    artifact, ids, lengths = cache.artifact, [], []
-    shards = range(artifact.num_shards("pooled"))
-    with ThreadPoolExecutor(READERS) as pool, _progress("index of pairs", len(shards)) as progress:
-        read = pool.map(lambda n: artifact.rows("pooled", n, None, ["pair_id", "n_tokens"]), shards)
-        for table in read:
+    ids, lengths = [], []
+    shards = range(cache.artifact.num_shards("pooled"))
+    with _progress("index of pairs", len(shards)) as progress:
+        for table in _columns(cache, "pooled", ["pair_id", "n_tokens"]):
             ids.append(np.array([int(one, 16) for one in table["pair_id"].to_pylist()[::2]], "u8"))
             lengths.append(table["n_tokens"].to_numpy().astype(np.int32))
             progress.advance(1)
@@ -180,13 +180,26 @@ def _write(file: int, values: np.ndarray, counts: np.ndarray, cursor: np.ndarray
 
 def _times_stored(cache: FeatureCache) -> np.ndarray:
     """Responses where each feature's mean is stored, [F]."""
-    artifact, columns = cache.artifact, ["feature", "pooled_kept"]
     counts = np.zeros(cache.sae.d_sae, dtype=np.int64)
-    with ThreadPoolExecutor(READERS) as pool:
-        shards = range(artifact.num_shards("shard_stats"))
-        for table in pool.map(lambda n: artifact.rows("shard_stats", n, None, columns), shards):
-            counts[table["feature"].to_numpy()] += table["pooled_kept"].to_numpy()
+    for table in _columns(cache, "shard_stats", ["feature", "pooled_kept"]):
+        counts[table["feature"].to_numpy()] += table["pooled_kept"].to_numpy()
     return counts
+
+
+def _columns(cache: FeatureCache, table: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Small columns of a table's shards, in order; read some at a time.
+
+    No more are asked for in advance than the readers are soon done with: the program's end waits
+    for what was.
+    """
+    artifact, asked = cache.artifact, deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        for shard in range(artifact.num_shards(table)):
+            asked.append(pool.submit(artifact.rows, table, shard, None, columns))
+            if len(asked) == 2 * READERS:
+                yield asked.popleft().result()
+        while asked:
+            yield asked.popleft().result()
 
 
 def _blocks(cache: FeatureCache) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -131,7 +131,10 @@ class _Weights:
 def _sae_at_hand(store: Store, cache: FeatureCache) -> Path:
     made = input_artifacts({"sae": cache.sae.identity}).get("sae")
     if made is not None:
-        return store.artifact(*made.split("/")).folder("sae")
+        artifact = store.artifact(*made.split("/"))
+        if not artifact.is_here("sae"):
+            raise NotThere(f"{made} is in the store alone; a run that uses it brings it here")
+        return artifact.folder("sae")
     source = cache.sae.source
     if source is None:
         raise NotThere("no record says which SAE this is")

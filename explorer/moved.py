@@ -66,7 +66,7 @@ def policy_changes(store: ExploredStore, cache: FeatureCache, name: str) -> pl.D
         The audit of its newest evaluation with this cache, a row a feature and side that fires.
 
     Raises:
-        NotThere: no evaluation of such a policy with this cache.
+        NotThere: no evaluation of such a policy with this cache, or of several.
         NotReadable: it was made before audits were part of one.
     """
     found = [
@@ -79,6 +79,9 @@ def policy_changes(store: ExploredStore, cache: FeatureCache, name: str) -> pl.D
         raise NotThere(
             f"no evaluation of {name} with {cache.name}; `fpo run` with its recipe makes one"
         )
+    policies = sorted({input_artifacts(one.inputs or {})["policy"] for one in found})
+    if len(policies) > 1:
+        raise NotThere(f"{name} may be any of {', '.join(policies)}: give more of its version")
     info = max(found, key=lambda one: one.created or "")
     artifact = store.store.artifact(info.stage, info.version)
     if WHOLE not in artifact.files:

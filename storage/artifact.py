@@ -151,6 +151,11 @@ class Artifact:
         with pq.ParquetFile(self.path(name), metadata=self._footers[name]) as file:
             return _read_rows(file, rows, columns)
 
+    def is_here(self, name: str) -> bool:
+        """Whether all files of a folder are on this machine: ``folder`` has nothing to fetch."""
+        inside = {key: one for key, one in self.files.items() if key.startswith(f"{name}/")}
+        return all(self._backend.is_here(self.key(key), one) for key, one in inside.items())
+
     def tables(self, table: str = "") -> Iterator[pa.Table]:
         """All shards of a table, in order."""
         for shard in range(self.num_shards(table)):

@@ -119,6 +119,10 @@ class Backend(Protocol):
         """The object, to read parts of it: checked by its size alone; FileDamaged if it differs."""
         ...
 
+    def is_here(self, key: str, record: FileRecord) -> bool:
+        """Whether the object's bytes are on this machine, unverified: ``fetch`` brings none."""
+        ...
+
     def copy_to(self, key: str, record: FileRecord, path: Path) -> None:
         """Write the object's bytes to a local file, checked; FileDamaged with the reason."""
         ...

@@ -146,6 +146,11 @@ class LocalBackend:
             raise FileDamaged(f"it has {size} bytes, written were {record.bytes}")
         return stream
 
+    def is_here(self, key: str, record: FileRecord) -> bool:
+        """See Backend."""
+        path = self._path(key)
+        return path.is_file() and path.stat().st_size == record.bytes
+
     def copy_to(self, key: str, record: FileRecord, path: Path) -> None:
         """See Backend."""
         shutil.copyfile(self.fetch(key, record), path)

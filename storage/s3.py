@@ -175,6 +175,13 @@ class S3Backend:
             return cached
         return pa.PythonFile(ObjectReader(self._bucket, self._key(key), record.bytes), mode="r")
 
+    def is_here(self, key: str, record: FileRecord) -> bool:  # noqa: ARG002
+        """See Backend. In the read cache."""
+        cached = self._cache.opened(record)
+        if cached is not None:
+            cached.close()
+        return cached is not None
+
     def copy_to(self, key: str, record: FileRecord, path: Path) -> None:
         """See Backend. Past the read cache."""
         self._files.download(self._key(key), record, path)

@@ -37,7 +37,13 @@ def audit_run(
         FPOError: the policy is not trained, there are too few held-out pairs, or a group is none
             of this SAE's.
     """
-    from fpo_core.evaluation.audit import Groups, audit_moments, audit_table, group_table
+    from fpo_core.evaluation.audit import (
+        Groups,
+        audit_moments,
+        audit_table,
+        check_against,
+        group_table,
+    )
     from fpo_core.sae.coder import AttachedSae
 
     if run.missing("train"):
@@ -46,13 +52,15 @@ def audit_run(
             f"--set makes it"
         )
     recipe = run.recipe
+    groups = {**recipe.train.group_features, **groups}
+    check_against(groups, against)
     prepare_cpu(recipe.resources.threads)
     options = {"dtype": recipe.model.dtype, "attention": recipe.model.attention,
                "device": inference_device()}  # fmt: skip
     policy = load_model(local_folder(run.artifact("train"), "model"), **options)
     reference = load_model(run.reference_folder(), **options)
     coder = attached_coder(run, reference, decoder=False).to(options["device"])
-    asked = Groups({**recipe.train.group_features, **groups}, coder.d_sae, against)
+    asked = Groups(groups, coder.d_sae, against)
     pairs = _heldout(run)
     sae = AttachedSae(coder, recipe.hookpoints[0])
     with Progress("held-out pairs", total=len(pairs), unit="pair") as progress:

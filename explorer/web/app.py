@@ -4,14 +4,11 @@ Everything of a view is in its URL. Text from data is escaped by the templates a
 ``explorer.text``; the pages load nothing but this server's own style, script and charts.
 """
 
-import logging
+import re
 import secrets
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
-from functools import lru_cache
 from pathlib import Path
-from threading import Lock, Thread
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 from urllib.parse import parse_qs, urlsplit
 
 from fastapi import FastAPI, Query, Request
@@ -27,27 +24,20 @@ from explorer.features import (
     SORTS,
     FeatureQuery,
     Histogram,
-    feature_histogram,
     feature_table,
     feature_view,
 )
 from explorer.group import group_yaml
-from explorer.index import PairIndex, open_feature_index, open_pair_index
-from explorer.labels import Labels
 from explorer.moved import moved_features
 from explorer.pairs import pair_list, pair_view
 from explorer.store import ExploredStore
 from explorer.text import visible
 from explorer.web.charts import histogram_svg
+from explorer.web.opened import Indexing, Opened
 from fpo_core.errors import FPOError, UsageError
 from storage.catalog import find_artifact
 from storage.errors import ArtifactMissing, StoreError
 from storage.lineage import ancestors, descendants
-
-if TYPE_CHECKING:
-    from explorer.logits import LogitEffect, LogitLens
-
-log = logging.getLogger("fpo.browse")
 
 HERE = Path(__file__).parent
 HEADERS = {
@@ -60,92 +50,12 @@ HEADERS = {
 }
 COOKIE = "fpo-browse"
 ROWS, PAIRS, EXAMPLES = 50, 25, 10
-PATIENCE = 2.0  # seconds that a page waits for the index that it cannot do without
-GLANCE = 0.2  # and for the one that only its chart needs,
+GLANCE = 0.2  # seconds that a feature's page waits for the index that only its chart needs,
 LONG = 20.0  # which is asked for by itself then
+FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s/'\":,;]+/)+")
 MOVED = 60
 
 Handler = Callable[[Request], Awaitable[Response]]
-
-
-class Indexing(FPOError):
-    """The index of a cache is being made; the page comes by itself."""
-
-
-class Opened:
-    """Caches and indexes that were looked at, a few of them kept.
-
-    Args:
-        store: the store.
-    """
-
-    def __init__(self, store: ExploredStore) -> None:
-        self.store = store
-        self.cache = lru_cache(maxsize=8)(self._open)
-        self._lens = lru_cache(maxsize=1)(self._open_lens)  # it holds the SAE's decoder
-        self._opening = Lock()  # once; and transformers is not to be imported by two threads
-        self._begun: dict[tuple[str, Callable[..., Any]], Future[Any]] = {}
-
-    def _open(self, name: str) -> FeatureCache:
-        cache = self.store.features(name)
-        self._begin(cache, open_pair_index)  # while its first page is read
-        return cache
-
-    def labels(self, cache: FeatureCache) -> Labels:
-        """Read anew: somebody else may have named a feature."""
-        return Labels(self.store.store, cache.sae)
-
-    def pairs(self, cache: FeatureCache) -> PairIndex:
-        """The index of a cache's pairs.
-
-        Raises:
-            Indexing: it is not made yet.
-        """
-        try:
-            return self._begin(cache, open_pair_index).result(PATIENCE)
-        except TimeoutError:
-            raise Indexing(f"the index of {cache.name}'s pairs is being made, once") from None
-
-    def histogram(self, cache: FeatureCache, feature: int, wait: float) -> Histogram | None:
-        """A feature's distribution; None while the index is made, which takes up to minutes."""
-        cache.check_feature(feature)
-        try:
-            index = self._begin(cache, open_feature_index).result(wait)
-        except TimeoutError:
-            return None
-        return feature_histogram(cache, index, feature)
-
-    def logits(self, cache: FeatureCache, feature: int) -> "LogitEffect":
-        """What a feature does to the logits.
-
-        Raises:
-            NotThere: model or SAE are not at hand.
-        """
-        with self._opening:
-            lens = self._lens(cache.name)
-        return lens.effect(feature)
-
-    def _open_lens(self, name: str) -> "LogitLens":
-        from explorer.logits import LogitLens  # and torch with it, which no other page needs
-
-        return LogitLens(self.store.store, self.cache(name))
-
-    def _begin(self, cache: FeatureCache, make: Callable[[FeatureCache], Any]) -> Future[Any]:
-        """Made in a thread of its own, which does not hold up the end of the program."""
-        key = (cache.name, make)
-        begun = self._begun.get(key)
-        if begun is None or (begun.done() and begun.exception() is not None):
-            begun = self._begun[key] = Future()
-            Thread(target=_fulfil, args=(begun, make, cache), daemon=True).start()
-        return begun
-
-
-def _fulfil(begun: Future[Any], make: Callable[[FeatureCache], Any], cache: FeatureCache) -> None:
-    try:
-        begun.set_result(make(cache))
-    except Exception as error:
-        log.debug("no index of %s", cache.name, exc_info=True)
-        begun.set_exception(error)
 
 
 def make_app(store: ExploredStore, hosts: frozenset[str], token: str | None = None) -> FastAPI:
@@ -170,6 +80,19 @@ def make_app(store: ExploredStore, hosts: frozenset[str], token: str | None = No
     def page(request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
         return templates.TemplateResponse(request, f"{name}.html.j2", values, status_code=status)
 
+    def told(error: Exception) -> str:
+        """An error's words; no page tells where on this machine something is."""
+        if isinstance(error, OSError):
+            return error.strerror or type(error).__name__
+        text = str(error).replace(store.store.url, _store_name(store))
+        return FOLDERS.sub("", text)
+
+    def histogram_of(cache: FeatureCache, number: int, wait: float) -> tuple[Histogram | None, str]:
+        try:
+            return opened.histogram(cache, number, wait), ""
+        except (FPOError, StoreError) as error:
+            return None, told(error)
+
     @app.middleware("http")
     async def guard(request: Request, call_next: Handler) -> Response:
         host = request.headers.get("host", "").rsplit(":", 1)[0].strip("[]")
@@ -186,10 +109,10 @@ def make_app(store: ExploredStore, hosts: frozenset[str], token: str | None = No
 
     @app.exception_handler(FPOError)
     @app.exception_handler(StoreError)
+    @app.exception_handler(OSError)
     async def failed(request: Request, error: Exception) -> Response:
         status, title = _status(error)
-        # No page tells where on this machine the store is.
-        text = str(error).replace(store.store.url, _store_name(store))
+        text = told(error)
         shown = page(request, "error", status, title=title, text=text)
         if isinstance(error, Indexing):
             shown.headers["Refresh"] = "3"
@@ -231,16 +154,18 @@ def make_app(store: ExploredStore, hosts: frozenset[str], token: str | None = No
     def feature(request: Request, name: str, number: int) -> Response:
         cache = opened.cache(name)
         view = feature_view(cache, opened.pairs(cache), number, EXAMPLES, opened.labels(cache))
-        histogram = opened.histogram(cache, number, GLANCE)
+        histogram, why_not = histogram_of(cache, number, GLANCE)
         return page(request, "feature", cache=cache, view=view, histogram=histogram,
-                    neuronpedia=cache.sae.neuronpedia_url(number))  # fmt: skip
+                    why_not=why_not, neuronpedia=cache.sae.neuronpedia_url(number))  # fmt: skip
 
     @app.get("/cache/{name}/feature/{number}/distribution")
     def distribution(request: Request, name: str, number: int) -> Response:
         cache = opened.cache(name)
-        histogram = opened.histogram(cache, number, LONG)
-        shown = page(request, "distribution", cache=cache, number=number, histogram=histogram)
-        if histogram is None:
+        cache.check_feature(number)
+        histogram, why_not = histogram_of(cache, number, LONG)
+        shown = page(request, "distribution", cache=cache, number=number, histogram=histogram,
+                     why_not=why_not)  # fmt: skip
+        if histogram is None and not why_not:
             shown.headers["Refresh"] = "3"
         return shown
 
@@ -264,7 +189,7 @@ def make_app(store: ExploredStore, hosts: frozenset[str], token: str | None = No
         try:
             effect = opened.logits(cache, number)
         except NotThere as error:
-            why_not = str(error)
+            why_not = told(error)
         return page(request, "logits", cache=cache, number=number, effect=effect, why_not=why_not)
 
     @app.post("/cache/{name}/feature/{number}/label")

@@ -7,7 +7,7 @@ false discovery rate at which it counts as moved (Benjamini and Hochberg, over a
 sides). Two numbers a feature are added up, so memory follows the SAE's width, not the pairs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,10 +90,7 @@ class Groups:
     ) -> None:  # fmt: skip
         for name, members in features.items():
             _check_group(name, members, d_sae)
-        unknown = [name for pair in against for name in pair if name not in features]
-        if unknown:
-            there = ", ".join(features) or "none"
-            raise FPOError(f"there is no group {unknown[0]!r}; there are: {there}")
+        check_against(features, against)
         self.names = [*features, *(f"{one} - {other}" for one, other in against)]
         self.sizes = [len(members) for members in features.values()]
         self.sizes += [len(features[one]) + len(features[other]) for one, other in against]
@@ -106,6 +103,18 @@ class Groups:
         found = [pooled[:, members].mean(1) for members in self._members]
         found += [found[one] - found[other] for one, other in self._against]
         return np.stack(found, 1) if found else np.zeros((len(pooled), 0))
+
+
+def check_against(groups: Collection[str], against: Sequence[tuple[str, str]]) -> None:
+    """Refuse pairs of groups of which one is not there.
+
+    Raises:
+        FPOError: naming it.
+    """
+    unknown = [name for pair in against for name in pair if name not in groups]
+    if unknown:
+        there = ", ".join(groups) or "none"
+        raise FPOError(f"there is no group {unknown[0]!r}; there are: {there}")
 
 
 def _check_group(name: str, members: Sequence[int], d_sae: int) -> None:
@@ -224,11 +233,14 @@ def changes(moments: Moments, side: int) -> Changes:
 def discovery_rates(p: np.ndarray, tested: np.ndarray) -> np.ndarray:
     """q of each test: the false discovery rate at which it counts; 1 where nothing was tested.
 
+    A policy that broke has values that are no numbers: nothing is known of these.
+
     Args:
         p: p-values.
         tested: which of them are of tests: a feature that never fires is none.
     """
-    q = np.ones_like(p)
+    q = np.where(tested & ~np.isfinite(p), np.nan, 1.0)
+    tested = tested & np.isfinite(p)
     if tested.any():
         q[tested] = stats.false_discovery_control(p[tested])
     return q

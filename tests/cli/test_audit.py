@@ -80,6 +80,14 @@ def test_mistakes_are_told(audit, fpo, finished_run, tmp_path):
     assert "--against a: give two groups as ONE:OTHER" in alone.err
     absent = audit("--against", "a:b")
     assert "there is no group 'a'; there are: none" in absent.err
+    groups.write_text("train: {groups: [{name: a, features: [1]}, {name: 2024, features: [2]}]}")
+    twice = audit("--groups", groups, "--groups", groups)
+    assert (twice.code, "there is a group 'a' already" in twice.err) == (2, True)
+    assert "2024" in audit("--groups", groups).out
+    for mistake in (("--parquet", tmp_path / "no" / "x"), ("--group", tmp_path / "no" / "x")):
+        nowhere = audit(*mistake)
+        assert (nowhere.code, "there is no folder" in nowhere.err) == (2, True)
+    assert audit("--name", "No Good").code == 2
     groups.write_text("[]")
     none = audit("--groups", groups)
     assert "groups.yaml: no feature groups" in none.err

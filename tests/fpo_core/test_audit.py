@@ -95,3 +95,12 @@ def test_discovery_rates_are_benjamini_and_hochbergs(tests):
         value, place = mine[rank - 1]
         best = min(best, value * len(mine) / rank)
         assert found[place] == pytest.approx(best)
+
+
+def test_what_is_no_number_is_not_judged_and_spoils_no_other():
+    p = np.array([0.01, np.nan, 0.5, np.nan])
+    tested = np.array([True, True, True, False])
+    q = discovery_rates(p, tested)
+    assert q[[0, 2]] == pytest.approx(stats.false_discovery_control([0.01, 0.5]))
+    assert np.isnan(q[1])
+    assert q[3] == 1
