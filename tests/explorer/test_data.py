@@ -25,6 +25,7 @@ from explorer.features import (
 from explorer.group import group_yaml
 from explorer.index import open_feature_index, open_pair_index
 from explorer.labels import Labels, copy_labels
+from explorer.moved import policy_changes
 from explorer.neuronpedia import page_of
 from explorer.pairs import pair_list, pair_view
 from explorer.text import LONGEST, Detokenizer, visible
@@ -302,3 +303,15 @@ def test_the_notebooks_lines_in_the_docs_run(browsed, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     code = code.replace('"fpo-store"', repr(str(browsed))).replace('"quickstart"', '"tiny"')
     exec(compile(code, "docs/explorer.md", "exec"), {})  # noqa: S102
+
+
+def test_a_policy_is_named_or_refused(browsed, monkeypatch):
+    store = open_store(browsed)
+    cache = store.features("tiny")
+    (info,) = [one for one in store.artifacts() if one.stage == "evaluation"]
+    assert policy_changes(store, cache, "policy/").height
+    other = info._replace(version="f" * 16, inputs={**info.inputs, "policy": "0" * 16})
+    monkeypatch.setattr(store, "artifacts", lambda: [info, other])
+    with pytest.raises(NotThere, match=rf"policy/{'0' * 16}, policy/{info.inputs['policy']}"):
+        policy_changes(store, cache, "policy/")
+    assert policy_changes(store, cache, f"policy/{info.inputs['policy'][:9]}").height

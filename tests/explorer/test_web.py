@@ -1,6 +1,8 @@
 """The pages in a real browser over a real server: walked, checked by axe-core, and hostile text."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import threading
@@ -12,8 +14,10 @@ import pytest
 import uvicorn
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, sync_playwright
+from starlette.testclient import TestClient
 
 from explorer import open_store
+from explorer.errors import NotThere
 from explorer.web.app import HEADERS, make_app
 from tests.tiny import save_recipe
 
@@ -260,3 +264,47 @@ def test_elsewhere_than_here_it_asks_for_the_token(store):
             assert client.get("/").status_code == 200  # by the cookie
     finally:
         site.stop()
+
+
+@pytest.fixture
+def client(store):
+    app = make_app(open_store(store), frozenset({"127.0.0.1"}))
+    return TestClient(app, base_url="http://127.0.0.1")
+
+
+def test_an_index_that_cannot_be_made_is_told_and_not_tried_at_every_view(
+    client, version, monkeypatch, caplog
+):
+    tried = []
+
+    def full(_cache):
+        tried.append(1)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/secret/place")
+
+    monkeypatch.setattr("explorer.web.opened.open_feature_index", full)
+    for part in ("", "", "/distribution"):
+        shown = client.get(f"/cache/{version}/feature/3{part}")
+        assert shown.status_code == 200
+        assert "No distribution: the index cannot be made: No space left on device." in shown.text
+        assert "/a/secret" not in shown.text
+    assert client.get(f"/cache/{version}/feature/3/histogram.svg").status_code == 503
+    assert len(tried) == 1
+    assert "cannot be made: [Errno 28]" in caplog.text
+    monkeypatch.setattr("explorer.web.opened.AGAIN", 0.0)
+    client.get(f"/cache/{version}/feature/3")
+    assert len(tried) == 2
+
+
+def test_no_folder_of_this_machine_is_on_the_page_of_logits(client, version, monkeypatch):
+    tried = []
+
+    def away(*_):
+        tried.append(1)
+        raise NotThere("no logits: SAE '/home/alice/secret-project/sae': no cfg.json there")
+
+    monkeypatch.setattr("explorer.logits.LogitLens", away)
+    for feature in (3, 4):
+        shown = client.get(f"/cache/{version}/feature/{feature}/logits")
+        assert "SAE &#39;sae&#39;: no cfg.json there" in shown.text
+        assert "alice" not in shown.text
+    assert len(tried) == 1
