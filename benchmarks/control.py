@@ -1,6 +1,6 @@
 """Holding a behaviour by its features: numbered lists, on the quickstart's model.
 
-    python -m benchmarks.control [--folder control]
+    python -m benchmarks.control [--folder control] [--files]
 
 Makes pairs of the quickstart's in which only the rejected answers are lists, and the recipe
 `plain.yaml` that trains on them; then trains with groups of features held: those that ``fpo cache
@@ -40,8 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("control"), help="for its files")
     parser.add_argument("--store", default="fpo-store")
+    parser.add_argument("--files", action="store_true", help="write the files alone")
     options = parser.parse_args(arguments)
     recipe = write_recipe(options.folder)
+    if options.files:
+        return
     run(recipe, [], options.store, "control-plain")
     moved, next_moved = most_moved(recipe, options.store)
     lists = of_lists(recipe, options)
