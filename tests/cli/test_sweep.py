@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import polars as pl
@@ -14,6 +15,7 @@ import yaml
 
 from storage.catalog import list_artifacts
 from storage.location import open_store
+from tests.test_interrupted import wait_for_the_end_of
 
 GRID = ("--grid", "train.method=dpo,fpo", "--grid", "train.alpha=0.1,0.5")
 
@@ -90,6 +92,40 @@ def test_a_cell_that_fails_leaves_the_others_and_is_told(fpo, finished_run, two_
     page = (tmp_path / "report" / "compare.html").read_text()
     assert "Mine: 2 runs" in page
     assert "The paper: see &lt;there&gt;" in page
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_with_what_its_cells_had(served, finished_run, tmp_path):
+    """By SIGKILL, when one cell is done and the other in mid-training; both end with it."""
+    store = tmp_path / "store"
+    shutil.copytree(finished_run.store, store)
+    command = [
+        sys.executable, "-m", "cli.main", "sweep", str(finished_run.recipe),
+        "--grid", "train.alpha=0.2,0.3", "--set", "train.epochs=10",
+        "--set", "resources.checkpoint_minutes=0",
+        "--store", str(store), "--report", str(tmp_path / "report"),
+    ]  # fmt: skip
+    marked = {**os.environ, "FPO_TEST_RUN": str(store)}
+    before = policies(store)
+    sweep = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=marked)
+    deadline = time.monotonic() + 300
+    while not (
+        policies(store) - before and [*store.glob("artifacts/policy/*/checkpoints/*/saved.json")]
+    ):
+        assert sweep.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    sweep.kill()
+    sweep.wait()
+    wait_for_the_end_of(str(store))
+    assert len(policies(store) - before) == 1
+    again = subprocess.run(command, capture_output=True, text=True, env=marked)
+    assert again.returncode == 0, again.stderr
+    lines = [line.split("] ")[1] for line in again.stderr.splitlines() if line.startswith("[")]
+    assert sum(line.startswith("train ") and "reused" in line for line in lines) == 1
+    assert sum("going on from step-" in line for line in lines) == 1
+    assert len(policies(store) - before) == 2
+    assert (tmp_path / "report" / "compare.html").is_file()
 
 
 def test_a_plan_counts_what_cells_share_once(fpo, finished_run, tmp_path):
