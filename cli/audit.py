@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from cli.store import AsJson, StoreUrl, in_a_folder
+from cli.store import AsGroup, AsJson, StoreUrl, in_a_folder
 from fpo_core.errors import FPOError, UsageError
 
 
@@ -35,15 +35,7 @@ def audit(
         Literal["effect", "change"], typer.Option(help="What is large comes first.")
     ] = "effect",
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Rows shown.")] = 20,
-    group: Annotated[
-        Path | None,
-        typer.Option(
-            "--group",
-            metavar="FILE",
-            callback=in_a_folder,
-            help="Write the features shown there, as lines of a recipe.",
-        ),
-    ] = None,
+    group: AsGroup = None,
     name: Annotated[str, typer.Option(help="Of that group.")] = "moved",
     store: StoreUrl = None,
     as_json: AsJson = False,

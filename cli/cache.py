@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from cli.store import AsJson, StoreUrl, in_a_folder
+from cli.store import AsGroup, AsJson, StoreUrl, in_a_folder
 
 app = typer.Typer(
     help="Browse stored feature caches: which features tell chosen from rejected, and where they "
@@ -279,15 +279,7 @@ def find(
     ],
     negative: Annotated[Path, typer.Option("--negative", help="Texts like them without it.")],
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Features.")] = 10,
-    group: Annotated[
-        Path | None,
-        typer.Option(
-            "--group",
-            metavar="FILE",
-            callback=in_a_folder,
-            help="Write them there, as lines of a recipe.",
-        ),
-    ] = None,
+    group: AsGroup = None,
     name: Annotated[str, typer.Option(help="Of the group.")] = "found",
     overrides: Annotated[
         list[str] | None,

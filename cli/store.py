@@ -33,6 +33,13 @@ def in_a_folder(path: Path | None) -> Path | None:
     return path
 
 
+AsGroup = Annotated[
+    Path | None,
+    typer.Option(
+        "--group", metavar="FILE", callback=in_a_folder,
+        help="Write these features there, as the lines of a recipe.",
+    ),
+]  # fmt: skip
 Names = Annotated[
     list[str] | None,
     typer.Argument(help="STAGE/VERSION, or the start of either; all artifacts where left out."),

@@ -175,8 +175,8 @@ class S3Backend:
             return cached
         return pa.PythonFile(ObjectReader(self._bucket, self._key(key), record.bytes), mode="r")
 
-    def is_here(self, key: str, record: FileRecord) -> bool:  # noqa: ARG002
-        """See Backend. In the read cache."""
+    def is_here(self, key: str, record: FileRecord) -> bool:  # noqa: ARG002 (a folder has keys)
+        """See Backend. In the read cache, which goes by content."""
         cached = self._cache.opened(record)
         if cached is not None:
             cached.close()
