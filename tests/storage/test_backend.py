@@ -157,6 +157,15 @@ def test_a_folder_of_files_has_their_names(backend, tmp_path):
     assert (folder / "tokenizer" / "vocab.txt").read_text() == "tokenizer/vocab.txt"
 
 
+def test_what_is_here_needs_no_fetching(backend, place, tmp_path):
+    """A folder's files always are; an object once it was fetched."""
+    record = put(backend, tmp_path, "p/sae/weights", b"many bytes")
+    assert backend.is_here("p/sae/weights", record) == (not place.url.startswith("s3:"))
+    backend.fetch("p/sae/weights", record)
+    assert backend.is_here("p/sae/weights", record)
+    assert not backend.is_here("p/sae/gone", record_of(b"never"))
+
+
 def test_delete_is_content_with_nothing(backend):
     backend.delete(["absent"])
     backend.put("k", b"")
