@@ -29,6 +29,8 @@ from tasks.reasons import Reason
 from tasks.run import human_bytes
 
 _LONG_DIGEST = re.compile(r"[0-9a-f]{20,}")
+# Of an audit: too many for 80 columns unless its interval is what breaks.
+UNBROKEN = ("feature", "side", "reference", "policy", "change", "effect", "q")
 SAE_FIGURES = ("FVU", "L0", "declared", "dead", "CE recovered")
 _ACTION = {"complete": "reuse", "partial": "resume", "missing": "compute"}
 
@@ -56,19 +58,31 @@ def _console() -> Console:
 
 def new_table(*columns: str) -> Table:
     """An empty table; columns of numbers are right-aligned."""
-    table = Table(box=box.SIMPLE, pad_edge=False)
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for column in columns:
         right = column in ("rows", "tokens", "size", "FLOPs", "age", *SAE_FIGURES)
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+        table.add_column(
+            column, justify="right" if right else "left", overflow="fold",
+            no_wrap=column in UNBROKEN,
+        )  # fmt: skip
     return table
 
 
 def with_interval(audit: pl.DataFrame) -> pl.DataFrame:
-    """A table of an audit as people read it: its interval in one column, p left to q."""
+    """A table of an audit as people read it: its interval in one column, p left to q.
+
+    q is rounded to one digit, and there are no labels where nothing has one.
+    """
     bounds = zip(audit["low"], audit["high"], strict=True)
     interval = pl.Series("95 % interval", [f"{low:+.3g} to {high:+.3g}" for low, high in bounds],
                          dtype=pl.String)  # fmt: skip
-    return audit.drop("p", "low", "high").with_columns(interval)
+    shown = audit.drop("p", "low", "high").with_columns(interval)
+    if "q" in shown.columns:
+        q = pl.Series("q", [f"{one:.1g}" for one in shown["q"]], dtype=pl.String)
+        shown = shown.with_columns(q)
+    if "label" in shown.columns and not any(shown["label"]):
+        shown = shown.drop("label")
+    return shown
 
 
 def print_plan(

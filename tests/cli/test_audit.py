@@ -53,6 +53,18 @@ def test_groups_move_as_the_mean_of_their_features(audit, tmp_path):
         assert found["three - one"]["change"] == pytest.approx(three - one, abs=1e-9)
 
 
+def test_no_word_is_broken_in_a_terminal_of_80_columns(audit, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = audit("-n", 40).out.splitlines()
+    (heading,) = (line for line in lines if "feature" in line and "effect" in line)
+    assert heading.split() == [
+        "feature", "side", "reference", "policy", "change", "effect", "q", "95", "%", "interval",
+    ]  # fmt: skip
+    sides = [line.split()[1] for line in lines if line.strip()[:1].isdigit()]
+    assert len(sides) == 40
+    assert set(sides) <= {"chosen", "rejected"}
+
+
 def test_what_moved_most_becomes_a_group(audit, tmp_path):
     group = tmp_path / "moved.yaml"
     arguments = ("--sort", "change", "-n", 5, "--json")
