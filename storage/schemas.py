@@ -4,6 +4,8 @@
 from 0 within the response. Feature activations are in the SAE's own units.
 """
 
+from collections.abc import Mapping
+
 import pyarrow as pa
 
 # Raised when what a field means changes; a new field alone does not.
@@ -44,6 +46,37 @@ PAIRS = _schema(
     _field("split", pa.string(), "train or heldout"),
     _field("source", pa.string(), "file and line it came from"),
 )
+# A field with this metadata is a metadata column: the recipe names it, the data gives its values.
+_METADATA_ROLE = {b"role": b"metadata"}
+_METADATA_TYPES = (pa.string(), pa.int64(), pa.float64(), pa.bool_())
+
+
+def pairs_schema(metadata: Mapping[str, pa.DataType]) -> pa.Schema:
+    """Return ``PAIRS`` followed by one nullable column per metadata name, flagged as metadata.
+
+    Args:
+        metadata: Type of each column: string, int64, float64 or bool. Null in a row means that the
+            row does not have the field.
+    """
+    schema = PAIRS
+    for name, kind in metadata.items():
+        assert name not in PAIRS.names, f"metadata column {name} has the name of a fixed column"
+        assert kind in _METADATA_TYPES, f"metadata column {name} has type {kind}"
+        schema = schema.append(pa.field(name, kind, metadata=_METADATA_ROLE))
+    return schema
+
+
+def metadata_columns(schema: pa.Schema) -> list[str]:
+    """Return the names of the metadata columns of a schema, also one read back from Parquet."""
+    return list(metadata_types(schema))
+
+
+def metadata_types(schema: pa.Schema) -> dict[str, pa.DataType]:
+    """Return the type of each metadata column of a schema, by name."""
+    role = _METADATA_ROLE.items()
+    return {field.name: field.type for field in schema if role <= (field.metadata or {}).items()}
+
+
 REFERENCE = _schema(
     "reference",
     _PAIR_ID,

@@ -87,3 +87,22 @@ def test_the_schemas_are_what_the_documentation_promises():
     }
     assert documented(text) == declared
     assert f"Schema version: {schemas.SCHEMA_VERSION}." in text
+
+
+METADATA = {
+    "topic": pa.string(),
+    "turns": pa.int64(),
+    "score": pa.float64(),
+    "checked": pa.bool_(),
+}
+
+
+def test_metadata_columns_follow_the_fixed_ones_and_are_found_again_in_the_file():
+    schema = schemas.pairs_schema(METADATA)
+    assert schema.names == [*schemas.PAIRS.names, *METADATA]
+    assert all(schema.field(name).nullable for name in METADATA)
+    read = pq.read_schema(io.BytesIO(parquet_bytes(schema.empty_table())))
+    assert schemas.metadata_columns(read) == list(METADATA)
+    assert schemas.metadata_types(read) == METADATA
+    assert schemas.pairs_schema({}).equals(schemas.PAIRS, check_metadata=True)
+    assert schemas.metadata_columns(schemas.PAIRS) == []
