@@ -1,7 +1,8 @@
 """The Parquet tables: names, types and units. A public contract, documented in docs/tables.md.
 
-``side`` is ``chosen`` or ``rejected``. A scored token is a response token; its ``position`` counts
-from 0 within the response. Feature activations are in the SAE's own units.
+``side`` is ``chosen`` or ``rejected``. A scored token is a response token outside the side's unscored
+ranges; its ``position`` counts from 0 within the whole response. Feature activations are in the
+SAE's own units.
 """
 
 from collections.abc import Mapping
@@ -43,6 +44,8 @@ PAIRS = _schema(
     _field("prompt_ids", _list(pa.int32()), "token ids up to the opener of the answer"),
     _field("chosen_ids", _list(pa.int32()), "token ids of the answer, end of turn included"),
     _field("rejected_ids", _list(pa.int32()), "the same; empty in `instructions`"),
+    _field("chosen_unscored", _list(pa.int32()), "ranges of `chosen_ids` that are not scored"),
+    _field("rejected_unscored", _list(pa.int32()), "ranges of `rejected_ids` that are not scored"),
     _field("split", pa.string(), "train or heldout"),
     _field("source", pa.string(), "file and line it came from"),
 )

@@ -130,6 +130,8 @@ def _row(pair: TokenizedPair, split: str) -> dict:
         "prompt_ids": pair.prompt_ids,
         "chosen_ids": pair.chosen_ids,
         "rejected_ids": pair.rejected_ids,
+        "chosen_unscored": [],
+        "rejected_unscored": [],
         "split": split,
         "source": pair.where.rpartition("/")[2],
     }
