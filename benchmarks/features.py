@@ -129,7 +129,7 @@ def _speed_of_shape(options: argparse.Namespace) -> None:
 
 
 def _scored(pairs: Sequence[PairIds]) -> int:
-    return sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    return sum(sum(pair.scored) for pair in pairs)
 
 
 def _works(

@@ -136,7 +136,10 @@ def _batch(
     rows = rng.integers(POOL, size=count)
     feature, value = (part.take(rows) for part in pool)
     scored = ScoredTokens(
-        np.arange(len(lengths)), lengths, popular(rng, VOCABULARY, count).astype(np.int32)
+        responses=np.arange(len(lengths)),
+        lengths=lengths,
+        positions=np.concatenate([np.arange(length) for length in lengths]),
+        targets=popular(rng, VOCABULARY, count).astype(np.int32),
     )
     token = np.repeat(np.arange(count), feature.lengths)
     own = value.values * rng.uniform(0.8, 1.2, len(token)).astype(np.float32)

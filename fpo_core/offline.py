@@ -96,8 +96,8 @@ def pass_shard(
         on_tokens: told how many tokens were done after each batch.
 
     Raises:
-        FPOError: a pair is longer than the budget or has no response, memory is short of half of
-            the budget too, or the model's numbers are not finite.
+        FPOError: a pair is longer than the budget or has a response without a scored token, memory
+            is short of half of the budget too, or the model's numbers are not finite.
     """
     _check_responses(pairs)
     budget.check(pairs)
@@ -123,7 +123,12 @@ def pass_shard(
             there = counts > 0  # a row of one response has no second
             if want_reference:
                 logps[responses] = scores[there]
-            tokens = ScoredTokens(responses, counts[there], batch.targets.cpu().numpy())
+            tokens = ScoredTokens(
+                responses=responses,
+                lengths=counts[there],
+                positions=batch.offsets.cpu().numpy(),
+                targets=batch.targets.cpu().numpy(),
+            )
             gatherer.add(tokens, active)
             todo, done = todo[len(taken) :], done + batch.num_tokens
             on_tokens(batch.num_tokens)
@@ -154,6 +159,11 @@ def _check_responses(pairs: Sequence[PairIds]) -> None:
             raise FPOError(
                 f"pair {pair.pair_id} has an empty response, which nothing can be measured on: "
                 f"rerun from tokenize, which leaves such pairs out"
+            )
+        if not all(pair.scored):
+            raise FPOError(
+                f"pair {pair.pair_id} has a response without a scored token, which nothing can be "
+                f"measured on: rerun from tokenize, which leaves such pairs out"
             )
 
 
@@ -211,10 +221,11 @@ class _Gatherer:
 
 
 def _reference_columns(pairs: Sequence[PairIds], logps: np.ndarray) -> Columns:
+    scored = np.array([pair.scored for pair in pairs], dtype=np.int32).reshape(-1, 2)
     return {
         "pair_id": [pair.pair_id for pair in pairs],
         "chosen_logp": logps[:, 0],
         "rejected_logp": logps[:, 1],
-        "chosen_tokens": np.array([len(pair.chosen) for pair in pairs], dtype=np.int32),
-        "rejected_tokens": np.array([len(pair.rejected) for pair in pairs], dtype=np.int32),
+        "chosen_tokens": scored[:, 0],
+        "rejected_tokens": scored[:, 1],
     }

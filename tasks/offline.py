@@ -321,15 +321,11 @@ def in_process(
 
 
 def read_pair_ids(table: pa.Table) -> list["PairIds"]:
-    """A shard of ``pairs`` as token ids."""
-    from fpo_core.data.batches import PairIds
-    from fpo_core.lists import lists_of
+    """Return the pairs of a shard of ``pairs``."""
+    from fpo_core.data.pair_shard import read_pair_shard
 
-    parts = [lists_of(table, f"{part}_ids") for part in ("prompt", "chosen", "rejected")]
-    return [
-        PairIds(pair_id, *(part[row] for part in parts))
-        for row, pair_id in enumerate(table["pair_id"].to_pylist())
-    ]
+    shard = read_pair_shard(table)
+    return [shard.pair(row) for row in range(table.num_rows)]
 
 
 def sae_path(run: PipelineRun, sae: int = 0) -> Path:

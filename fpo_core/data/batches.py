@@ -6,8 +6,10 @@ prompt alone (the numbers agree to rounding; tests pin it) at the cost of one pr
 
 *Scored positions* are defined here and nowhere else: a response token is scored at the position
 that predicts it, so a response of n tokens is scored at the prompt's last position and at its own
-first n - 1. Log-probs, feature pooling and evaluation all read these positions, flattened over
-the batch, and padding never reaches them.
+first n - 1. A response of several turns has unscored ranges, the turns of other speakers: they are
+attended to like any token, but no position that predicts one of their tokens is scored. Log-probs,
+feature pooling and evaluation all read these positions, flattened over the batch, and padding
+never reaches them.
 
 Shapes: B pairs, T padded length, R = 2B responses (2i chosen, 2i + 1 rejected), N scored tokens.
 """
@@ -32,11 +34,19 @@ class PairIds(NamedTuple):
     prompt: Ids
     chosen: Ids
     rejected: Ids
+    # Of chosen and of rejected: start, stop, start, stop, ... of the ranges that are not scored.
+    unscored: tuple[Ids, Ids] = ((), ())
 
     @property
     def length(self) -> int:
-        """Tokens of the pair's row."""
+        """Tokens of the pair's row, scored or not."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+    @property
+    def scored(self) -> tuple[int, int]:
+        """Scored tokens of chosen and of rejected."""
+        chosen, rejected = self.unscored
+        return num_scored(self.chosen, chosen), num_scored(self.rejected, rejected)
 
 
 class PairBatch(NamedTuple):
@@ -50,11 +60,35 @@ class PairBatch(NamedTuple):
     targets: Tensor  # [N] int64: the token predicted there
     response: Tensor  # [N] int64: which response it belongs to, in 0..R-1, ascending
     lengths: Tensor  # [R] int64: scored tokens of each response
+    offsets: Tensor  # [N] int64: index of each scored token within its response, unscored included
 
     @property
     def num_tokens(self) -> int:
         """Tokens without padding."""
         return int((self.segments != PADDING).sum())
+
+
+def scored_tokens(ids: Ids, unscored: Ids) -> np.ndarray:
+    """Return the indices [n] of a response's scored tokens, ascending.
+
+    Args:
+        ids: the response.
+        unscored: the ranges that are not scored: start, stop, start, stop, ...
+    """
+    scored = np.ones(len(ids), dtype=bool)
+    if len(unscored):
+        ends = np.asarray(unscored, dtype=np.int64)
+        ascending = (np.diff(ends, prepend=-1, append=len(ids) + 1) > 0).all()
+        assert len(ends) % 2 == 0, f"{ends.tolist()}: a range without its stop"
+        assert ascending, f"{ends.tolist()} are no ascending ranges of {len(ids)} tokens"
+        for start, stop in ends.reshape(-1, 2).tolist():
+            scored[start:stop] = False
+    return np.flatnonzero(scored)
+
+
+def num_scored(ids: Ids, unscored: Ids) -> int:
+    """Return how many tokens of a response are scored; arguments as of ``scored_tokens``."""
+    return len(ids) - int(sum(unscored[1::2])) + int(sum(unscored[0::2]))
 
 
 def collate(
@@ -66,7 +100,7 @@ def collate(
     """Build a batch.
 
     Args:
-        pairs: the pairs; prompt and chosen response have at least one token.
+        pairs: the pairs; the prompt has a token, each response that is not empty a scored one.
         pad_id: id that fills rows to one length (never read).
         device: torch device of the tensors.
         padding_side: where; the numbers are the same.
@@ -78,12 +112,16 @@ def collate(
     segments = torch.full(shape, PADDING, dtype=torch.int64)
     positions: list[np.ndarray] = []
     targets: list[np.ndarray] = []
-    lengths: list[int] = []
+    offsets: list[np.ndarray] = []
     for row, pair in enumerate(pairs):
         start = width - pair.length if padding_side == "left" else 0
         last_of_prompt = row * width + start + len(pair.prompt) - 1
-        parts = ((PROMPT, pair.prompt), (CHOSEN, pair.chosen), (REJECTED, pair.rejected))
-        for segment, part in parts:
+        parts = (
+            (PROMPT, pair.prompt, ()),
+            (CHOSEN, pair.chosen, pair.unscored[0]),
+            (REJECTED, pair.rejected, pair.unscored[1]),
+        )
+        for segment, part, unscored in parts:
             ids = np.array(part, dtype=np.int64)  # a copy: the shards are not to be written
             assert len(ids) or segment == REJECTED, f"pair {pair.pair_id} has an empty part"
             stop, position = start + len(ids), 0 if segment == PROMPT else len(pair.prompt)
@@ -91,19 +129,25 @@ def collate(
             position_ids[row, start:stop] = torch.arange(position, position + len(ids))
             segments[row, start:stop] = segment
             if segment != PROMPT:
-                scored = np.arange(row * width + start - 1, row * width + stop - 1)
-                scored[:1] = last_of_prompt
-                positions.append(scored)
-                targets.append(ids)
-                lengths.append(len(ids))
+                within = scored_tokens(ids, unscored)
+                assert len(within) or not len(ids), f"pair {pair.pair_id} has an unscored response"
+                first = within == 0  # the prompt predicts it
+                positions.append(np.where(first, last_of_prompt, row * width + start - 1 + within))
+                targets.append(ids[within])
+                offsets.append(within)
             start = stop
-    counts = torch.tensor(lengths)
+    lengths = torch.tensor([len(within) for within in offsets])
     batch = PairBatch(
-        tuple(pair.pair_id for pair in pairs),
-        input_ids, position_ids, segments,
-        torch.from_numpy(np.concatenate(positions)), torch.from_numpy(np.concatenate(targets)),
-        torch.repeat_interleave(torch.arange(len(lengths)), counts), counts,
-    )  # fmt: skip
+        pair_ids=tuple(pair.pair_id for pair in pairs),
+        input_ids=input_ids,
+        position_ids=position_ids,
+        segments=segments,
+        positions=torch.from_numpy(np.concatenate(positions)),
+        targets=torch.from_numpy(np.concatenate(targets)),
+        response=torch.repeat_interleave(torch.arange(len(lengths)), lengths),
+        lengths=lengths,
+        offsets=torch.from_numpy(np.concatenate(offsets)),
+    )
     if device == "cpu":
         return batch
     return PairBatch(batch.pair_ids, *(tensor.to(device) for tensor in batch[1:]))
@@ -176,7 +220,8 @@ def check_vocabulary(pairs: Iterable[PairIds], size: int) -> None:
         FPOError: naming a pair whose ids the model does not have.
     """
     for pair in pairs:
-        highest = max(int(np.max(ids, initial=0)) for ids in pair[1:])
+        parts = (pair.prompt, pair.chosen, pair.rejected)
+        highest = max(int(np.max(ids, initial=0)) for ids in parts)
         if highest >= size:
             raise FPOError(
                 f"pair {pair.pair_id} has the token id {highest}, the model's vocabulary "

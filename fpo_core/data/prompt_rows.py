@@ -35,15 +35,20 @@ def rows_of(pairs: Sequence[PairIds], cost: PromptCost) -> list[Row]:
         if one_row_pays(pair, cost):
             rows.append(Row(pair, np.array([chosen, rejected])))
         else:
-            rows.append(Row(pair._replace(rejected=()), np.array([chosen])))
-            alone = pair._replace(chosen=pair.rejected, rejected=())
-            rows.append(Row(alone, np.array([rejected])))
+            rows.append(Row(_alone(pair, 0), np.array([chosen])))
+            rows.append(Row(_alone(pair, 1), np.array([rejected])))
     return rows
+
+
+def _alone(pair: PairIds, side: int) -> PairIds:
+    """Return the pair with one of its responses, as the chosen one."""
+    response = (pair.chosen, pair.rejected)[side]
+    return pair._replace(chosen=response, rejected=(), unscored=(pair.unscored[side], ()))
 
 
 def one_row_pays(pair: PairIds, cost: PromptCost) -> bool:
     """Whether the prompt's tokens cost more than the attention between the two responses."""
-    prompt, chosen, rejected = (len(ids) for ids in pair[1:])
+    prompt, chosen, rejected = len(pair.prompt), len(pair.chosen), len(pair.rejected)
     together = (prompt + chosen + rejected) ** 2
     apart = (prompt + chosen) ** 2 + (prompt + rejected) ** 2
     return prompt * cost.token >= (together - apart) * cost.attention

@@ -26,6 +26,7 @@ class ScoredTokens(NamedTuple):
 
     responses: np.ndarray  # [R] the shard's number of each: 2i chosen, 2i + 1 rejected of pair i
     lengths: np.ndarray  # [R] scored tokens of each
+    positions: np.ndarray  # [N] index of each within its response, unscored tokens included
     targets: np.ndarray  # [N] the token predicted at each
 
 
@@ -84,11 +85,10 @@ class FeatureTables:
 
     def add(self, tokens: ScoredTokens, active: ActiveFeatures) -> None:
         """Take in a batch: every response of some of the pairs, whole."""
-        position = _counting(tokens.lengths)
         response = np.repeat(tokens.responses, tokens.lengths)
         count = np.bincount(active.token, minlength=len(response))
-        kept = self._add_tokens(tokens, response, position, active, count)
-        place = place_of(response, position)[active.token]
+        kept = self._add_tokens(tokens, response, active, count)
+        place = place_of(response, tokens.positions)[active.token]
         self.stats.add_tokens(len(response), active, place, kept)
         ends = np.cumsum(count)[np.cumsum(tokens.lengths) - 1]
         for row, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
@@ -98,9 +98,8 @@ class FeatureTables:
             )  # fmt: skip
 
     def _add_tokens(
-        self, tokens: ScoredTokens, response: np.ndarray, position: np.ndarray,
-        active: ActiveFeatures, count: np.ndarray,
-    ) -> np.ndarray:  # fmt: skip
+        self, tokens: ScoredTokens, response: np.ndarray, active: ActiveFeatures, count: np.ndarray
+    ) -> np.ndarray:
         """Keep each token's strongest features; returns which of the active ones these are."""
         order = _strongest_first(active)
         kept = order[_counting(count) < self.settings.tokens_k]
@@ -109,15 +108,15 @@ class FeatureTables:
         values = Lists(active.value[kept], offsets)
         mass = np.bincount(active.token, weights=active.value, minlength=len(count))
         numbers = {
-            "response": response, "position": position, "token_id": tokens.targets,
+            "response": response, "position": tokens.positions, "token_id": tokens.targets,
             "nonzero": count, "mass": mass.astype(np.float32),
         }  # fmt: skip
         every = _TokenRows(numbers, indices, values)
-        rows = self._sampled(tokens, position)
+        rows = self._sampled(tokens)
         self._tokens.append(every if rows is None else every.take(rows))
         return kept
 
-    def _sampled(self, tokens: ScoredTokens, position: np.ndarray) -> np.ndarray | None:
+    def _sampled(self, tokens: ScoredTokens) -> np.ndarray | None:
         """Which tokens have a row, None: all. A matter of pair, side and position alone."""
         share = self.settings.tokens_share
         if share >= 1:
@@ -127,7 +126,8 @@ class FeatureTables:
             int.from_bytes(hashlib.sha256("/".join(name).encode()).digest()[:8]) for name in names
         ]
         seed = np.repeat(np.array(seeds, dtype=np.uint64), tokens.lengths)
-        return np.flatnonzero(_mixed(seed + position.astype(np.uint64)) < share * 2.0**64)
+        position = tokens.positions.astype(np.uint64)
+        return np.flatnonzero(_mixed(seed + position) < share * 2.0**64)
 
     def _add_response(
         self, response: int, length: int, feature: np.ndarray, value: np.ndarray

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import polars as pl
 
+from fpo_core.data.pair_shard import SIDES
 from fpo_core.errors import FPOError
 from fpo_core.training.examples import Example
 from fpo_core.training.loss import BatchLoss
-from fpo_core.training.shards import SIDES
 
 
 def keep_bad_batch(
@@ -34,6 +34,7 @@ def keep_bad_batch(
             "side": side,
             "prompt_ids": list(example.ids.prompt),
             "response_ids": list(ids),
+            "unscored": [int(end) for end in example.ids.unscored[number]],
             **{name: values[2 * pair + number] for name, values in responses.items()},
             "u": u[pair],
             "loss": losses[pair],
@@ -43,7 +44,9 @@ def keep_bad_batch(
             zip(SIDES, (example.ids.chosen, example.ids.rejected), strict=True)
         )
     ]
-    pl.DataFrame(rows).write_parquet(file)
+    # Of empty lists alone polars would not know the type.
+    types = {"unscored": pl.List(pl.Int32)}
+    pl.DataFrame(rows, schema_overrides=types).write_parquet(file)
     bad = [
         f"{example.ids.pair_id} ({value})"
         for example, value in zip(examples, losses, strict=True)

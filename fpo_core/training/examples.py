@@ -7,10 +7,10 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 
 from fpo_core.data.batches import PairIds
+from fpo_core.data.pair_shard import SIDES, PairShard, read_pair_shard
 from fpo_core.errors import FPOError
-from fpo_core.lists import lists_of
 from fpo_core.training.feature_shards import CachedSide, FeatureShards, read_features
-from fpo_core.training.shards import SIDES, ShardPairs, check_pairs
+from fpo_core.training.shards import check_pairs
 
 
 class Example(NamedTuple):
@@ -65,21 +65,16 @@ class AlignedShards:
                 this SAE, k or groups; naming the row and both values.
         """
         table = pq.read_table(self.pairs[shard])
-        pairs = ShardPairs(
-            table["pair_id"].to_pylist(),
-            *(lists_of(table, f"{part}_ids") for part in ("prompt", *SIDES)),
-        )
+        pairs = read_pair_shard(table)
         logps = self._logps(shard, pairs)
         cached = [read_features(cache, shard, pairs, self.k) for cache in self.features]
         return [
             Example(
-                PairIds(pair_id, *(part[row] for part in pairs[1:])),
+                pairs.pair(row),
                 logps[row],
                 tuple((rows[2 * row], rows[2 * row + 1]) for rows in cached),
             )
-            for row, (pair_id, split) in enumerate(
-                zip(pairs.pair_id, table["split"].to_pylist(), strict=True)
-            )
+            for row, split in enumerate(table["split"].to_pylist())
             if split == self.split
         ]
 
@@ -91,7 +86,7 @@ class AlignedShards:
                 found += self.read(shard)
         return found[:count]
 
-    def _logps(self, shard: int, pairs: "ShardPairs") -> list[tuple[float, float]]:
+    def _logps(self, shard: int, pairs: PairShard) -> list[tuple[float, float]]:
         if not self.reference:
             return [(0.0, 0.0)] * len(pairs.pair_id)
         table = pq.read_table(self.reference[shard])

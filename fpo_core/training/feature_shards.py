@@ -8,9 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fpo_core.data.batches import scored_tokens
+from fpo_core.data.pair_shard import SIDES, PairShard
 from fpo_core.errors import FPOError
 from fpo_core.lists import Lists, lists_of
-from fpo_core.training.shards import SIDES, ShardPairs, check_pairs, first_wrong
+from fpo_core.training.shards import check_pairs, first_wrong
 
 RECOMPUTE = "recompute it with `fpo run RECIPE --from features --force`"
 
@@ -49,7 +51,7 @@ class FeatureShards(NamedTuple):
     label: str  # for messages, e.g. "features (layer 20 resid_post)"
 
 
-def read_features(cache: FeatureShards, shard: int, pairs: ShardPairs, k: int) -> list[CachedSide]:
+def read_features(cache: FeatureShards, shard: int, pairs: PairShard, k: int) -> list[CachedSide]:
     """The rows of a shard, two a pair, checked against the pairs and the SAE."""
     table = pq.read_table(cache.pooled[shard])
     count = len(pairs.pair_id)
@@ -73,7 +75,7 @@ def read_features(cache: FeatureShards, shard: int, pairs: ShardPairs, k: int) -
     _check_serves(cache, shard, indices, table["nonzero"].to_numpy(), k)
     cutoff = table["cutoff"].to_pylist()
     pinned = _pinned_values(cache, shard, table)
-    responses = _Responses(pair_ids, sides, lengths)
+    responses = _Responses(pair_id=pair_ids, side=sides, lengths=lengths, pairs=pairs)
     tokens: Sequence[TokenFeatures | None] = (
         _read_tokens(cache, shard, responses, k) if cache.tokens else [None] * len(sides)
     )
@@ -131,7 +133,20 @@ class _Responses(NamedTuple):
 
     pair_id: list[str]
     side: list[str]
-    lengths: np.ndarray
+    lengths: np.ndarray  # scored tokens
+    pairs: PairShard
+
+    def positions(self) -> np.ndarray:
+        """Return the position of every scored token, response by response."""
+        responses = zip(self.pairs.chosen, self.pairs.rejected, strict=True)
+        unscored = zip(*self.pairs.unscored, strict=True)
+        return np.concatenate(
+            [
+                scored_tokens(ids, ranges)
+                for pair in zip(responses, unscored, strict=True)
+                for ids, ranges in zip(*pair, strict=True)
+            ]
+        )
 
 
 def _read_tokens(
@@ -174,11 +189,10 @@ def _check_tokens(
     """Refuse token rows of other tokens than their place says, or of another SAE."""
     lengths = responses.lengths
     owner = np.repeat(np.arange(len(lengths)), lengths)
-    begins = np.repeat(np.cumsum(lengths) - lengths, lengths)
     wanted = {
         "pair_id": np.array(responses.pair_id)[owner],
         "side": np.array(responses.side)[owner],
-        "position": np.arange(len(owner)) - begins,
+        "position": responses.positions(),
     }
     for name, values in wanted.items():
         found = np.array(table[name].to_pylist())

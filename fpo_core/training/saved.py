@@ -27,13 +27,13 @@ def check_saved(output: Path, attention: str) -> None:
     dtype = json.loads((output / MODEL_FOLDER / "config.json").read_text())["dtype"]
     device = inference_device()
     policy = load_model(output / MODEL_FOLDER, dtype=dtype, attention=attention, device=device)
-    pair = PairIds(*last["pair"])
+    pair = PairIds(*last["pair"])  # without ranges where an earlier version wrote it
     with torch.no_grad():
         logps = forward_pairs(policy, collate([pair], device=device), ()).logps.tolist()
-    for saved, trained, ids in zip(logps, last["logps"], pair[2:], strict=True):
-        if not ids:
+    for saved, trained, scored in zip(logps, last["logps"], pair.scored, strict=True):
+        if not scored:
             continue
-        allowed = float(logp_tolerance(dtype, torch.tensor(len(ids)))) * len(ids)
+        allowed = float(logp_tolerance(dtype, torch.tensor(scored))) * scored
         if not abs(saved - trained) <= allowed:
             raise FPOError(
                 f"the saved policy gives a response of pair {pair.pair_id} the log-prob "

@@ -122,7 +122,8 @@ class Saver:
             model.config.use_cache = True
             model.config.dtype = self.job.reference_dtype if half else "float32"
             model.save_pretrained(self.job.output / MODEL_FOLDER, state_dict=state)
-            ids = [np.asarray(part).tolist() for part in pair[1:]]
-            last = {"pair": [pair.pair_id, *ids], "logps": logps}
+            ids = [np.asarray(part).tolist() for part in (pair.prompt, pair.chosen, pair.rejected)]
+            unscored = [np.asarray(ranges).tolist() for ranges in pair.unscored]
+            last = {"pair": [pair.pair_id, *ids, unscored], "logps": logps}
             (self.job.output / LAST_FILE).write_text(json.dumps(last))
         torch.distributed.barrier()

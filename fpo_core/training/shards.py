@@ -1,24 +1,13 @@
-"""Columns of aligned shards: lists as arrays, and whether a cache is of the pairs."""
+"""Check that a cache's shard is of the pairs' shard."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
+from fpo_core.data.pair_shard import SIDES, PairShard
 from fpo_core.errors import FPOError
-from fpo_core.lists import Lists
 
-SIDES = ("chosen", "rejected")
 RECOMPUTE_CACHES = "recompute the caches with `fpo run RECIPE --from reference --force`"
-
-
-class ShardPairs(NamedTuple):
-    """A shard's pairs, every split's."""
-
-    pair_id: list[str]
-    prompt: Lists
-    chosen: Lists
-    rejected: Lists
 
 
 def first_wrong(wrong: np.ndarray) -> int | None:
@@ -28,7 +17,7 @@ def first_wrong(wrong: np.ndarray) -> int | None:
 
 
 def check_pairs(
-    label: str, shard: int, pairs: ShardPairs, pair_ids: list[str], counts: Sequence[np.ndarray]
+    label: str, shard: int, pairs: PairShard, pair_ids: list[str], counts: Sequence[np.ndarray]
 ) -> None:
     """Refuse a cache with a row of another pair, or of other scored tokens."""
     if pair_ids != pairs.pair_id:
@@ -38,9 +27,7 @@ def check_pairs(
             f"shard {shard}, row {row}: pairs and {label} disagree on the pair: {pair} and "
             f"{other}; {RECOMPUTE_CACHES}"
         )
-    for side, made_of, scored in zip(
-        SIDES, counts, (pairs.chosen.lengths, pairs.rejected.lengths), strict=True
-    ):
+    for side, made_of, scored in zip(SIDES, counts, pairs.scored, strict=True):
         row = first_wrong(made_of != scored)
         if row is not None:
             raise FPOError(

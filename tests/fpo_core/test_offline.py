@@ -273,7 +273,13 @@ def test_tables_of_made_up_activations(pairs, data):
         token, feature = acts.nonzero()
         active = ActiveFeatures(token, feature, acts[token, feature].astype(np.float32))
         lengths = np.array([len(dense[n]) for n in responses])
-        tables.add(ScoredTokens(responses, lengths, np.zeros(len(acts), np.int64)), active)
+        scored = ScoredTokens(
+            responses=responses,
+            lengths=lengths,
+            positions=np.concatenate([np.arange(length) for length in lengths]),
+            targets=np.zeros(len(acts), np.int64),
+        )
+        tables.add(scored, active)
     pooled, tokens, stats = tables.columns()
     row = 0
     for response, acts in dense.items():
@@ -307,7 +313,12 @@ def test_which_tokens_are_drawn_does_not_depend_on_the_batches(pairs):
     def drawn(batches):
         tables = FeatureTables(pairs, 3, settings)
         for batch in batches:
-            tokens = ScoredTokens(np.array(batch), lengths[batch], np.zeros(30 * len(batch), int))
+            tokens = ScoredTokens(
+                responses=np.array(batch),
+                lengths=lengths[batch],
+                positions=np.tile(np.arange(30), len(batch)),
+                targets=np.zeros(30 * len(batch), int),
+            )
             tables.add(tokens, nothing)
         columns = tables.columns().tokens
         names = (columns[name].tolist() for name in ("pair_id", "side", "position"))

@@ -18,7 +18,7 @@ from fpo_core.recipe.training import TrainSettings
 from fpo_core.sae.coder import load_coder
 from fpo_core.training.job import JobSae, TrainingJob
 from fpo_core.training.launch import run_workers
-from storage.schemas import FEATURES_POOLED, FEATURES_TOKENS
+from storage.schemas import FEATURES_POOLED, FEATURES_TOKENS, PAIRS
 from tasks.arrow import to_table
 from tests.tiny import SAE_LAYER, save_model, save_sae
 
@@ -52,10 +52,12 @@ def write_caches(root, pairs, model):
     first, last = scores.features
     rows = [
         {"pair_id": p.pair_id, "prompt_ids": p.prompt, "chosen_ids": p.chosen,
-         "rejected_ids": p.rejected, "split": "train" if number < 8 else "heldout"}
+         "rejected_ids": p.rejected, "chosen_unscored": p.unscored[0],
+         "rejected_unscored": p.unscored[1], "split": "train" if number < 8 else "heldout",
+         "source": f"line {number}"}
         for number, p in enumerate(pairs)
     ]  # fmt: skip
-    pq.write_table(pa.Table.from_pylist(rows), root / "pairs.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, schema=PAIRS), root / "pairs.parquet")
     pq.write_table(pa.table(scores.reference), root / "reference.parquet")
     pq.write_table(to_table(last.pooled, FEATURES_POOLED), root / "last.parquet")
     pq.write_table(to_table(first.pooled, FEATURES_POOLED), root / "pooled.parquet")
