@@ -151,6 +151,21 @@ class Artifact:
         with pq.ParquetFile(self.path(name), metadata=self._footers[name]) as file:
             return _read_rows(file, rows, columns)
 
+    def schema(self, table: str = "") -> pa.Schema:
+        """Return the schema of a table from its first shard; from S3, only the footer is fetched.
+
+        Raises:
+            ArtifactCorrupt: The footer cannot be read.
+        """
+        name = shard_name(table, 0)
+        with self._damage_told(name) as record, self._backend.open(self.key(name), record) as file:
+            try:
+                found = pq.ParquetFile(file, metadata=self._footers.get(name))
+            except (pa.ArrowException, OSError) as error:
+                raise FileDamaged(str(error).partition("\n")[0]) from error
+            self._footers[name] = found.metadata
+            return found.schema_arrow
+
     def is_here(self, name: str) -> bool:
         """Whether all files of a folder are on this machine: ``folder`` has nothing to fetch."""
         inside = {key: one for key, one in self.files.items() if key.startswith(f"{name}/")}

@@ -1,11 +1,11 @@
 """The Parquet tables: names, types and units. A public contract, documented in docs/tables.md.
 
-``side`` is ``chosen`` or ``rejected``. A scored token is a response token outside the side's unscored
-ranges; its ``position`` counts from 0 within the whole response. Feature activations are in the
-SAE's own units.
+``side`` is ``chosen`` or ``rejected``. A scored token is a response token outside the side's
+unscored ranges; its ``position`` counts from 0 within the whole response. Feature activations are
+in the SAE's own units.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
 
@@ -15,6 +15,10 @@ SCHEMA_VERSION = 1
 
 def _field(name: str, kind: pa.DataType, description: str) -> pa.Field:
     return pa.field(name, kind, nullable=False, metadata={"description": description})
+
+
+def _optional(name: str, kind: pa.DataType, description: str) -> pa.Field:
+    return _field(name, kind, description).with_nullable(True)
 
 
 def _list(kind: pa.DataType) -> pa.DataType:
@@ -80,6 +84,20 @@ def metadata_types(schema: pa.Schema) -> dict[str, pa.DataType]:
     return {field.name: field.type for field in schema if role <= (field.metadata or {}).items()}
 
 
+def names_beside(metadata: Iterable[str], columns: Iterable[str]) -> dict[str, str]:
+    """Return a name for each metadata column in a table that has columns of its own.
+
+    A name that the table uses itself becomes ``metadata.NAME``.
+    """
+    taken, found = set(columns), {}
+    for name in metadata:
+        found[name] = name
+        while found[name] in taken:
+            found[name] = f"metadata.{found[name]}"
+        taken.add(found[name])
+    return found
+
+
 REFERENCE = _schema(
     "reference",
     _PAIR_ID,
@@ -141,6 +159,24 @@ FEATURES_SHARD_STATS = _schema(
     _field("example_responses", _list(pa.uint32()), "row of `pooled` of the strongest tokens"),
     _field("example_positions", _list(pa.int32()), "token of the response, from 0"),
     _field("example_values", _list(pa.float32()), "their activations, descending"),
+)
+EVALUATION_BREAKDOWN = _schema(
+    "evaluation/breakdown",
+    _field("column", pa.string(), "metadata column of `pairs`"),
+    _field("group", pa.string(), "the value, or the range of values"),
+    _field("kind", pa.string(), "value, range, other (the rarest values) or null (no value)"),
+    _field("values", pa.int32(), "distinct values in the group"),
+    _field("pairs", pa.int32(), "held-out pairs in the group"),
+    _field("metric", pa.string(), "as in `metrics.json`"),
+    _optional("reference", pa.float64(), "the metric of the reference; null where undefined"),
+    _optional("reference_low", pa.float64(), "lower end of its 95 % interval"),
+    _optional("reference_high", pa.float64(), "upper end"),
+    _field("policy", pa.float64(), "the metric of the policy"),
+    _field("policy_low", pa.float64(), "lower end of its 95 % interval"),
+    _field("policy_high", pa.float64(), "upper end"),
+    _optional("difference", pa.float64(), "policy minus reference, paired; null where undefined"),
+    _optional("difference_low", pa.float64(), "lower end of its 95 % interval"),
+    _optional("difference_high", pa.float64(), "upper end"),
 )
 ANSWERS = _schema(
     "answers",

@@ -35,6 +35,7 @@ DECLARED = {
     ("features", "tokens"): schemas.FEATURES_TOKENS,
     ("features", "stats"): schemas.FEATURES_STATS,
     ("features", "shard_stats"): schemas.FEATURES_SHARD_STATS,
+    ("evaluation", "breakdown"): schemas.EVALUATION_BREAKDOWN,
     ("answers", ""): schemas.ANSWERS,
 }
 

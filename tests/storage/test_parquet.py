@@ -106,3 +106,11 @@ def test_metadata_columns_follow_the_fixed_ones_and_are_found_again_in_the_file(
     assert schemas.metadata_types(read) == METADATA
     assert schemas.pairs_schema({}).equals(schemas.PAIRS, check_metadata=True)
     assert schemas.metadata_columns(schemas.PAIRS) == []
+
+
+def test_a_metadata_column_steps_aside_for_a_tables_own():
+    assert schemas.names_beside(["topic", "prompt"], ["prompt", "pair_id"]) == {
+        "topic": "topic", "prompt": "metadata.prompt",
+    }  # fmt: skip
+    names = schemas.names_beside(["prompt", "metadata.prompt"], ["prompt"])
+    assert names["prompt"] != names["metadata.prompt"]

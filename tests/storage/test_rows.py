@@ -4,8 +4,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage.errors import ArtifactCorrupt
-from tests.storage.making import VERSION, make
+from storage import schemas
+from storage.errors import ArtifactCorrupt, StoreError
+from tests.storage.making import VERSION, made, make
 
 COLUMNS = ["pair_id", "chosen_logp"]
 FILE = f"artifacts/reference/{VERSION}/data/00001.parquet"
@@ -90,3 +91,29 @@ def test_of_an_object_only_the_parts_are_fetched(artifact, place, tmp_path):
     assert not [*(tmp_path / "cache").glob("store-files/files/??/*")]
     artifact.table(shard=1)
     assert len([*(tmp_path / "cache").glob("store-files/files/??/*")]) == 1
+
+
+def test_metadata_columns_are_written_and_found_by_the_footer_alone(store, place):
+    metadata = {"topic": pa.string(), "score": pa.float64()}
+    row = {name: [] if name.endswith(("ids", "unscored")) else "x" for name in schemas.PAIRS.names}
+    rows = [{**row, "topic": "maths", "score": None}, {**row, "topic": None, "score": 0.5}]
+    table = pa.Table.from_pylist(rows, schema=schemas.pairs_schema(metadata))
+    with store.hold("pairs", VERSION, None) as hold:
+        writer = store.writer("pairs", VERSION, hold)
+        writer.put_shard(0, {"": table})
+        with pytest.raises(StoreError, match="table has fields"):
+            writer.put_shard(1, {"": table.append_column("other", pa.array(["a", "b"]))})
+        writer.commit(made({}))
+    artifact = place.open().artifact("pairs", VERSION)
+    assert schemas.metadata_types(artifact.schema()) == metadata
+    assert artifact.rows("", 0, None, ["topic", "score"]).to_pylist() == [
+        {"topic": "maths", "score": None}, {"topic": None, "score": 0.5},
+    ]  # fmt: skip
+
+
+def test_a_damaged_footer_is_told(artifact, place):
+    data = bytearray(place.read(FILE.replace("00001", "00000")))
+    data[-8:] = b"\0" * 8
+    place.write(FILE.replace("00001", "00000"), bytes(data))
+    with pytest.raises(ArtifactCorrupt, match=r"00000\.parquet"):
+        artifact.schema()
