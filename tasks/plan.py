@@ -10,8 +10,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fpo_core.data.hub import SplitFiles
-from fpo_core.data.source import identify_data
+from fpo_core.data.sources.identity import Resolved, identify_data
 from fpo_core.errors import FPOError, UsageError
 from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe
@@ -90,7 +89,7 @@ class Plan(NamedTuple):
 
     stages: dict[str, StagePlan]
     unresolved: tuple[str, ...]
-    hub: Mapping[str, SplitFiles] = {}  # data source -> its files at the commit of the versions
+    resolved: Mapping[str, Resolved] = {}  # data source -> the files that its version names
 
     def version(self, stage: str) -> str:
         """The artifact version of a stage."""
@@ -145,15 +144,15 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
             **({} if questions is None else {"questions": questions_digest(questions)}),
         },
     )
-    return Plan(planner.stages, tuple(unresolved), data.hub)
+    return Plan(planner.stages, tuple(unresolved), data.resolved)
 
 
 class _Data:
-    """Identifies data sources; gathers those on the hub, and those that could not be resolved."""
+    """Identify data sources; gather the files of resolved ones and the names of the others."""
 
     def __init__(self, unresolved: list[str]) -> None:
         self.unresolved = unresolved
-        self.hub: dict[str, SplitFiles] = {}
+        self.resolved: dict[str, Resolved] = {}
 
     def digest(self, sources: Iterable[str]) -> str:
         """One digest over the content of sources, in their order."""
@@ -163,8 +162,8 @@ class _Data:
             values.append(found.value)
             if not found.resolved:
                 self.unresolved.append(f"data {source}")
-            if found.hub:
-                self.hub[source] = found.hub
+            if found.files:
+                self.resolved[source] = found.files
         return _digest(values)
 
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
-from fpo_core.data.hub import hub_split
 from fpo_core.data.instructions import read_instructions
 from fpo_core.data.pairs import PreferencePair, read_pairs
+from fpo_core.data.sources.hub import hub_split
 from fpo_core.recipe import Recipe
 from storage.manifest import Manifest
 

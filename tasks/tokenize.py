@@ -47,7 +47,7 @@ def instructions(run: PipelineRun) -> Outcome:
 
 def _pairs(run: PipelineRun, writer: ArtifactWriter) -> Work:
     data = run.recipe.data
-    hub = run.plan.hub
+    hub = run.plan.resolved
     sources = {"train": data.train, "heldout": data.heldout}
     splits = {
         split: islice(
@@ -61,7 +61,7 @@ def _pairs(run: PipelineRun, writer: ArtifactWriter) -> Work:
 def _instructions(run: PipelineRun, writer: ArtifactWriter) -> Work:
     sft = run.recipe.sft
     assert sft is not None
-    hub = run.plan.hub
+    hub = run.plan.resolved
     every = (
         answer for name in sft.data for answer in read_instructions(name, sft.turns, hub.get(name))
     )

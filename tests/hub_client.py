@@ -4,7 +4,7 @@ import json
 import sys
 
 from fpo_core.data.pairs import read_pairs
-from fpo_core.data.source import identify_data
+from fpo_core.data.sources.identity import identify_data
 from fpo_core.errors import FPOError
 from fpo_core.quiet import set_quiet_defaults
 
@@ -15,7 +15,7 @@ def read(source: str) -> dict:
         found = identify_data(source)
         told = {"identity": found.value, "resolved": found.resolved}
         if found.resolved:
-            told["pairs"] = [(pair.chosen, pair.where) for pair in read_pairs(source, found.hub)]
+            told["pairs"] = [(pair.chosen, pair.where) for pair in read_pairs(source, found.files)]
     except FPOError as error:
         return {"error": str(error)}
     return told

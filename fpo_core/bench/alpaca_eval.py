@@ -21,7 +21,7 @@ from fpo_core.bench.asked import asked_questions
 from fpo_core.bench.length_control import OFFICIAL, length_controlled
 from fpo_core.bench.model import Answers, JudgeRequest, Question, Reply, Score, Scored
 from fpo_core.bench.pack import Pack
-from fpo_core.data.rows import Row, read_rows
+from fpo_core.data.sources.rows import Row, read_rows
 from fpo_core.errors import FPOError
 
 BASELINE = "gpt4_1106_preview"  # the leaderboard's

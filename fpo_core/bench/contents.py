@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fpo_core.data.rows import Row, read_rows
+from fpo_core.data.sources.rows import Row, read_rows
 from fpo_core.errors import FPOError
 
 # Of MT-Bench: the judge sees a reference answer in these categories.

@@ -26,7 +26,7 @@ from fpo_core.bench.asked import asked_questions
 from fpo_core.bench.model import Answers, JudgeRequest, Question, Reply, Score, Scored
 from fpo_core.bench.pack import Pack
 from fpo_core.bench.punkt import ENGLISH, NEEDED_BY, sentence_model
-from fpo_core.data.rows import Row, read_rows
+from fpo_core.data.sources.rows import Row, read_rows
 from fpo_core.errors import FPOError
 
 SEED = 0  # of langdetect, and of what a checker draws

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fpo_core.bench.contents import value_at
-from fpo_core.data.rows import read_rows
+from fpo_core.data.sources.rows import read_rows
 from fpo_core.errors import FPOError
 from fpo_core.recipe.base import Count, NonNegative
 

@@ -13,9 +13,9 @@ Each comes out as a ``PreferencePair`` that has no rejected side.
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from fpo_core.data.hub import SplitFiles
 from fpo_core.data.pairs import Message, PreferencePair, message_of, pair_of
-from fpo_core.data.rows import Row, read_rows
+from fpo_core.data.sources.hub import SplitFiles
+from fpo_core.data.sources.rows import Row, read_rows
 from fpo_core.errors import FPOError
 
 Turns = Literal["last", "all"]

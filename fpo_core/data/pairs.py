@@ -15,8 +15,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from fpo_core.data.hub import SplitFiles
-from fpo_core.data.rows import Row, read_rows
+from fpo_core.data.sources.hub import SplitFiles
+from fpo_core.data.sources.rows import Row, read_rows
 from fpo_core.errors import FPOError
 
 Message = dict[str, str]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpo_core.data.hub import SplitFiles
-from fpo_core.data.rows import read_rows
+from fpo_core.data.sources.hub import SplitFiles
+from fpo_core.data.sources.rows import read_rows
 from fpo_core.errors import FPOError
 from fpo_core.recipe.schema import SaeTextSettings
 

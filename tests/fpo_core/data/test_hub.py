@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fpo_core.data.hub import hub_split
-from fpo_core.data.splits import split_files
+from fpo_core.data.sources.hub import hub_split
+from fpo_core.data.sources.splits import split_files
 from fpo_core.errors import FPOError
 from tests.hub_server import TOKEN, Hub, serving
 from tests.tiny import save_recipe
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NAME = "owner/feedback"
 SPLITS = ("train_prefs", "test_prefs")
 
@@ -255,7 +255,7 @@ def test_names_of_splits(tmp_path, monkeypatch):
 
 
 def test_a_name_without_split_says_what_is_missing():
-    from fpo_core.data.source import identify_data
+    from fpo_core.data.sources.identity import identify_data
 
     with pytest.raises(FPOError, match="a dataset of the hub is OWNER/NAME:SPLIT"):
         identify_data("HuggingFaceH4/ultrafeedback_binarized")

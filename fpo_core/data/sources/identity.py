@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from fpo_core.data.hub import SplitFiles, hub_split, resolve_split
+from fpo_core.data.sources.hub import SplitFiles, hub_split, resolve_split
 from fpo_core.errors import FPOError
 from fpo_core.models.source import file_digest
+
+Resolved = SplitFiles  # the files that a name stood for when it was resolved
 
 _WITHOUT_SPLIT = re.compile(r"\w[\w.-]*/[\w-]+(@[\w./-]+)?")
 
@@ -17,12 +19,12 @@ class DataIdentity(NamedTuple):
     Attributes:
         value: content identity, as it enters artifact versions.
         resolved: False when the hub could not be asked, so that ``value`` is only a name.
-        hub: the files of a split on the hub.
+        files: the files of a split on the hub.
     """
 
     value: str
     resolved: bool = True
-    hub: SplitFiles | None = None
+    files: Resolved | None = None
 
 
 def identify_data(source: str) -> DataIdentity:
@@ -36,7 +38,7 @@ def identify_data(source: str) -> DataIdentity:
         found = resolve_split(asked)
         if found is None:
             return DataIdentity(f"hub-data:{source}", resolved=False)
-        return DataIdentity(found.identity, hub=found)
+        return DataIdentity(found.identity, files=found)
     path = Path(source).expanduser()
     if not path.is_file():
         hub = _WITHOUT_SPLIT.fullmatch(source)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fpo_core.data.hub import SplitFiles, fetch_split
+from fpo_core.data.sources.hub import SplitFiles, fetch_split
 from fpo_core.errors import FPOError
 
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from fpo_core.data.splits import split_files, splits_there
+from fpo_core.data.sources.splits import split_files, splits_there
 from fpo_core.errors import FPOError
 from fpo_core.models.source import hub_did_not_answer
 

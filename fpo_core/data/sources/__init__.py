@@ -1,0 +1,1 @@
+"""Sources of rows: files, folders, splits on the hub and remote files, and their identity."""
