@@ -87,13 +87,13 @@ def metadata_types(schema: pa.Schema) -> dict[str, pa.DataType]:
 def names_beside(metadata: Iterable[str], columns: Iterable[str]) -> dict[str, str]:
     """Return a name for each metadata column in a table that has columns of its own.
 
-    A name that the table uses itself becomes ``metadata.NAME``.
+    A name that the table uses itself becomes ``row_NAME``.
     """
     taken, found = set(columns), {}
     for name in metadata:
         found[name] = name
         while found[name] in taken:
-            found[name] = f"metadata.{found[name]}"
+            found[name] = f"row_{found[name]}"
         taken.add(found[name])
     return found
 

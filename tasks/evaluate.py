@@ -42,6 +42,7 @@ def _evaluate(run: PipelineRun, writer: ArtifactWriter) -> Work:
     from fpo_core.evaluation.tables import read_answered
     from fpo_core.sae.coder import AttachedSae
     from fpo_core.training.examples import FeatureShards, read_examples
+    from tasks.breakdown import heldout_metadata, with_metadata, write_breakdown
 
     settings = run.recipe.evaluation
     prepare_cpu(run.recipe.resources.threads)
@@ -77,9 +78,11 @@ def _evaluate(run: PipelineRun, writer: ArtifactWriter) -> Work:
         metrics += answer_metrics(answered, settings.bootstrap, settings.seed)
     records = [metric_record(metric) for metric in metrics]
     audit = audit_table(scores.features)
+    metadata = heldout_metadata(run.artifact("tokenize"), scores.pair_ids)
+    write_breakdown(writer, scores, metadata, settings.bootstrap, settings.seed)
     scratch = writer.scratch()
     for name, frame in (
-        ("pairs", _pair_frame(scores)),
+        ("pairs", with_metadata(_pair_frame(scores), metadata)),
         ("answers", pl.DataFrame(answers)),
         ("audit", audit),
         ("groups", group_table(groups, scores.groups)),
