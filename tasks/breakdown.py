@@ -1,14 +1,17 @@
 """The evaluation's results by group: metadata of the held-out pairs, and the table they give."""
 
+from typing import TYPE_CHECKING
+
 import polars as pl
 import pyarrow as pa
 
-from fpo_core.evaluation.breakdown import break_down
-from fpo_core.evaluation.heldout import HeldoutScores
 from storage.artifact import Artifact
 from storage.parquet import check_schema, write_parquet
 from storage.schemas import EVALUATION_BREAKDOWN, metadata_columns, names_beside
 from storage.writer import ArtifactWriter
+
+if TYPE_CHECKING:
+    from fpo_core.evaluation.heldout import HeldoutScores
 
 BREAKDOWN = "breakdown.parquet"  # of an evaluation whose pairs have metadata columns
 
@@ -37,9 +40,15 @@ def with_metadata(frame: pl.DataFrame, metadata: pl.DataFrame) -> pl.DataFrame:
 
 
 def write_breakdown(
-    writer: ArtifactWriter, scores: HeldoutScores, metadata: pl.DataFrame, resamples: int, seed: int
+    writer: ArtifactWriter,
+    scores: "HeldoutScores",
+    metadata: pl.DataFrame,
+    resamples: int,
+    seed: int,
 ) -> None:
     """Write ``breakdown.parquet``; nothing where the pairs have no metadata column."""
+    from fpo_core.evaluation.breakdown import break_down
+
     if not metadata.width:
         return
     frame = break_down(scores, metadata, resamples, seed)

@@ -21,6 +21,7 @@ from fpo_core.report.model import (
 )
 from fpo_core.report.page import render
 from tasks.benchmark import SCORES
+from tasks.breakdown import BREAKDOWN
 from tasks.plan import kind_of
 from tasks.run import Outcome, PipelineRun
 
@@ -77,6 +78,7 @@ def gather(run: PipelineRun, outcomes: Mapping[str, Outcome]) -> RunReport:
     metrics = json.loads(evaluation.path("metrics.json").read_text())
     answers = pl.read_parquet(evaluation.path("answers.parquet")).to_dicts()
     recipe = run.recipe.model_dump(mode="json", exclude_none=True)
+    grouped = BREAKDOWN in evaluation.files
     return RunReport(
         recipe_name=run.recipe.name,
         method=run.recipe.train.method,
@@ -98,6 +100,7 @@ def gather(run: PipelineRun, outcomes: Mapping[str, Outcome]) -> RunReport:
         evaluation=f"{evaluation.stage}/{evaluation.version}",
         heldout_pairs=evaluation.manifest["stats"]["heldout_pairs"],
         heldout=pl.read_parquet(policy.path(HELDOUT)) if watched else pl.DataFrame(),
+        breakdown=pl.read_parquet(evaluation.path(BREAKDOWN)) if grouped else pl.DataFrame(),
         benchmarks=tuple(
             record
             for stage in run.plan.stages

@@ -20,10 +20,14 @@ QUARTERS = 4
 DIGITS = 4  # of a range's ends; more where ends would look the same
 ESTIMATES = ("reference", "policy", "difference")
 BREAKDOWN_SCHEMA = {
-    "column": pl.String, "group": pl.String, "kind": pl.String, "values": pl.Int32,
-    "pairs": pl.Int32, "metric": pl.String,
+    "column": pl.String,
+    "group": pl.String,
+    "kind": pl.String,
+    "values": pl.Int32,
+    "pairs": pl.Int32,
+    "metric": pl.String,
     **{f"{name}{end}": pl.Float64 for name in ESTIMATES for end in ("", "_low", "_high")},
-}  # fmt: skip
+}
 
 
 class PairGroup(NamedTuple):
@@ -54,9 +58,12 @@ def break_down(
     for column in metadata.iter_columns():
         for group in group_pairs(column):
             named = {
-                "column": column.name, "group": group.name, "kind": group.kind,
-                "values": group.values, "pairs": len(group.rows),
-            }  # fmt: skip
+                "column": column.name,
+                "group": group.name,
+                "kind": group.kind,
+                "values": group.values,
+                "pairs": len(group.rows),
+            }
             rows += [named | one for one in _metrics(_select(scores, group.rows), resamples, seed)]
     return pl.DataFrame(rows, schema=BREAKDOWN_SCHEMA)
 
@@ -159,6 +166,8 @@ def _metrics(scores: HeldoutScores, resamples: int, seed: int) -> Iterator[dict[
             estimate: Estimate | None = getattr(metric, name)
             if estimate is not None:
                 row |= {
-                    name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high
-                }  # fmt: skip
+                    name: estimate.value,
+                    f"{name}_low": estimate.low,
+                    f"{name}_high": estimate.high,
+                }
         yield row

@@ -116,3 +116,4 @@ class RunReport:
     heldout_pairs: int | None = None  # that the intervals are over
     heldout: pl.DataFrame = field(default_factory=pl.DataFrame)  # a row a measurement in training
     benchmarks: tuple[Mapping[str, Any], ...] = ()  # records of `scores.json`
+    breakdown: pl.DataFrame = field(default_factory=pl.DataFrame)  # metrics by metadata group

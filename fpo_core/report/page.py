@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from fpo_core.report import palette, view
 from fpo_core.report.benchmarks import contest_table
+from fpo_core.report.breakdown import FIGURE_NAMES, Section, sections
 from fpo_core.report.charts import CHART_NAMES, Drawn, Figure, draw
 from fpo_core.report.findings import headline
 from fpo_core.report.heldout import heldout_figures
@@ -37,11 +38,15 @@ def render(report: RunReport, out_dir: Path) -> Path:
     """
     drawn = draw(report)
     watched = heldout_figures(report.heldout)
-    html = _page(report, drawn, watched)
+    groups = sections(report)
+    html = _page(report, drawn, watched, groups)
     charts = out_dir / "charts"
     charts.mkdir(parents=True, exist_ok=True)
-    figures = {figure.name: figure.png for figure in (*drawn.curves, *drawn.features, *watched)}
-    for name in CHART_NAMES:
+    by_group = [section.figure for section in groups if section.figure]
+    every = (*drawn.curves, *drawn.features, *watched, *by_group)
+    figures = {figure.name: figure.png for figure in every}
+    earlier = [path.stem for path in charts.glob(f"{FIGURE_NAMES}*.png")]
+    for name in dict.fromkeys((*CHART_NAMES, *earlier, *figures)):
         path = charts / f"{name}.png"
         if name in figures:
             replace_file(path, figures[name])
@@ -52,7 +57,9 @@ def render(report: RunReport, out_dir: Path) -> Path:
     return page
 
 
-def _page(report: RunReport, drawn: Drawn, watched: tuple[Figure, ...]) -> str:
+def _page(
+    report: RunReport, drawn: Drawn, watched: tuple[Figure, ...], groups: tuple[Section, ...]
+) -> str:
     clear, compared = view.clear_changes(report)
     return (
         environment()
@@ -64,6 +71,7 @@ def _page(report: RunReport, drawn: Drawn, watched: tuple[Figure, ...]) -> str:
             headline=headline(report),
             created=view.created_text(report.created),
             benchmarks=[contest_table(record) for record in report.benchmarks],
+            breakdown=groups,
             metrics=[view.metric_view(metric) for metric in report.metrics],
             clear=clear,
             compared=compared,

@@ -47,9 +47,12 @@ def test_values_equal_polars_group_by(column):
     scores, frame = random_scores(), metadata()
     found = break_down(scores, frame, DRAWS, SEED).filter(pl.col("column") == column)
     table = frame.with_columns(
-        **{f"{name}_{side}": values[:, n] for name, values in scores.by_pair().items()
-           for n, side in enumerate(("chosen", "rejected"))}
-    )  # fmt: skip
+        **{
+            f"{name}_{side}": values[:, n]
+            for name, values in scores.by_pair().items()
+            for n, side in enumerate(("chosen", "rejected"))
+        }
+    )
 
     def per_token(who, side):
         return pl.col(f"{who}_logps_{side}") / pl.col(f"tokens_{side}")
@@ -101,8 +104,11 @@ def test_no_metadata_gives_an_empty_table():
 
 def test_texts_are_in_order_of_frequency_and_null_is_a_group():
     assert make(["b", "a", None, "a", "c", "b", "b"]) == [
-        ("b", "value", 3), ("a", "value", 2), ("c", "value", 1), ("null", "null", 1),
-    ]  # fmt: skip
+        ("b", "value", 3),
+        ("a", "value", 2),
+        ("c", "value", 1),
+        ("null", "null", 1),
+    ]
     # A text may read like a group of ours: the kind tells them apart.
     assert make(["null", None]) == [("null", "value", 1), ("null", "null", 1)]
 
@@ -131,8 +137,12 @@ def test_twenty_texts_are_a_group_each_and_of_more_the_rarest_are_other():
         ),
         (
             [n / 8 + 12345 for n in range(40)],
-            [("12345 to 12346.125", 10), ("12346.25 to 12347.375", 10),
-             ("12347.5 to 12348.625", 10), ("12348.75 to 12349.875", 10)],
+            [
+                ("12345 to 12346.125", 10),
+                ("12346.25 to 12347.375", 10),
+                ("12347.5 to 12348.625", 10),
+                ("12348.75 to 12349.875", 10),
+            ],
         ),
         (
             [1 + n * 1e-9 for n in range(1, 5)],
@@ -140,7 +150,7 @@ def test_twenty_texts_are_a_group_each_and_of_more_the_rarest_are_other():
         ),
         ([None, None], [("null", 2)]),
     ],
-)  # fmt: skip
+)
 def test_bools_and_numbers(values, expected):
     assert [(name, count) for name, _, count in make(values)] == expected
 

@@ -110,7 +110,8 @@ def test_metadata_columns_follow_the_fixed_ones_and_are_found_again_in_the_file(
 
 def test_a_metadata_column_steps_aside_for_a_tables_own():
     assert schemas.names_beside(["topic", "prompt"], ["prompt", "pair_id"]) == {
-        "topic": "topic", "prompt": "row_prompt",
-    }  # fmt: skip
+        "topic": "topic",
+        "prompt": "row_prompt",
+    }
     names = schemas.names_beside(["prompt", "row_prompt"], ["prompt"])
     assert names["prompt"] != names["row_prompt"]

@@ -107,8 +107,9 @@ def test_metadata_columns_are_written_and_found_by_the_footer_alone(store, place
     artifact = place.open().artifact("pairs", VERSION)
     assert schemas.metadata_types(artifact.schema()) == metadata
     assert artifact.rows("", 0, None, ["topic", "score"]).to_pylist() == [
-        {"topic": "maths", "score": None}, {"topic": None, "score": 0.5},
-    ]  # fmt: skip
+        {"topic": "maths", "score": None},
+        {"topic": None, "score": 0.5},
+    ]
 
 
 def test_a_damaged_footer_is_told(artifact, place):
