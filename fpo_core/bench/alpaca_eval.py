@@ -21,7 +21,7 @@ from fpo_core.bench.asked import asked_questions
 from fpo_core.bench.length_control import OFFICIAL, length_controlled
 from fpo_core.bench.model import Answers, JudgeRequest, Question, Reply, Score, Scored
 from fpo_core.bench.pack import Pack
-from fpo_core.data.sources.rows import Row, read_rows
+from fpo_core.data.sources import Row, read_sound_rows
 from fpo_core.errors import FPOError
 
 BASELINE = "gpt4_1106_preview"  # the leaderboard's
@@ -224,7 +224,7 @@ class AlpacaEval:
 def _instructions(path: Path) -> dict[str, Row]:
     """The rows of a file by their instruction."""
     rows: dict[str, Row] = {}
-    for row in read_rows(path):
+    for row in read_sound_rows(path):
         text = _text(row, "instruction")
         if text in rows:
             raise FPOError(

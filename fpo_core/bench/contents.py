@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fpo_core.data.sources.rows import Row, read_rows
+from fpo_core.data.sources import Row, read_sound_rows
 from fpo_core.errors import FPOError
 
 # Of MT-Bench: the judge sees a reference answer in these categories.
@@ -34,7 +34,7 @@ def read_items(file: Path, read: Callable[[Row], Item]) -> dict[str, Item]:
         FPOError: a row that cannot be read, or an id that comes twice, with file and row.
     """
     items: dict[str, Item] = {}
-    for row in read_rows(file):
+    for row in read_sound_rows(file):
         item = read(row)
         if item.id in items:
             raise FPOError(

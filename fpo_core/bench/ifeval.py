@@ -26,7 +26,7 @@ from fpo_core.bench.asked import asked_questions
 from fpo_core.bench.model import Answers, JudgeRequest, Question, Reply, Score, Scored
 from fpo_core.bench.pack import Pack
 from fpo_core.bench.punkt import ENGLISH, NEEDED_BY, sentence_model
-from fpo_core.data.sources.rows import Row, read_rows
+from fpo_core.data.sources import Row, read_sound_rows
 from fpo_core.errors import FPOError
 
 SEED = 0  # of langdetect, and of what a checker draws
@@ -198,7 +198,7 @@ def _sentence_model(pack: Pack, rows: Sequence[Row]) -> AbstractContextManager[N
 def _read(path: Path) -> list[Row]:
     """The rows, with the columns that are needed."""
     rows: dict[str, Row] = {}
-    for row in read_rows(path):
+    for row in read_sound_rows(path):
         key, prompt = row.value.get("key"), row.value.get("prompt")
         names = _list(row.value.get("instruction_id_list"), str)
         arguments = _list(row.value.get("kwargs"), dict)

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fpo_core.bench.contents import value_at
-from fpo_core.data.sources.rows import read_rows
+from fpo_core.data.sources import read_sound_rows
 from fpo_core.errors import FPOError
 from fpo_core.recipe.base import Count, NonNegative
 
@@ -82,7 +82,7 @@ def read_mt_bench_prompts(file: Path) -> dict[str, Prompt]:
         FPOError: one is missing or comes twice, or its placeholders are not the ones it needs.
     """
     prompts: dict[str, Prompt] = {}
-    for row in read_rows(file):
+    for row in read_sound_rows(file):
         name = value_at(row, str, "name")
         if name not in _MT_BENCH_PLACES:
             continue

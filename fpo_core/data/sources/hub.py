@@ -5,13 +5,18 @@ a revision. The files are the repository's own where their names say the split, 
 conversion to Parquet. Nothing of a dataset is ever executed.
 """
 
+import functools
 import glob
+import itertools
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from fpo_core.data.sources.splits import split_files, splits_there
+from fpo_core.data.sources.folders import folder_split
+from fpo_core.data.sources.slices import split_slice
+from fpo_core.data.sources.splits import FURTHER_KINDS, KINDS, split_files, splits_there
 from fpo_core.errors import FPOError
 from fpo_core.models.source import hub_did_not_answer
 
@@ -61,11 +66,12 @@ class SplitFiles(NamedTuple):
 
 
 def hub_split(source: str) -> HubSplit | None:
-    """The split that a source names; None when it is a path."""
-    match = _SOURCE.fullmatch(source)
-    if not match or Path(source).exists():
+    """Return the split that a source names, without its slice; None when it is a local name."""
+    name, _ = split_slice(source)
+    match = _SOURCE.fullmatch(name)
+    if not match or Path(name).exists() or folder_split(name)[0]:
         return None
-    return HubSplit(source, match["name"], match["revision"], match["config"], match["split"])
+    return HubSplit(name, match["name"], match["revision"], match["config"], match["split"])
 
 
 def resolve_split(asked: HubSplit) -> SplitFiles | None:
@@ -77,17 +83,16 @@ def resolve_split(asked: HubSplit) -> SplitFiles | None:
     Raises:
         FPOError: the hub has no such dataset, revision or split, or does not let this user see it.
     """
+    listing = functools.cache(lambda branch: _listing(asked, branch))
     there: list[str] = []
     try:
-        for branch in asked.branches:
-            listing = _listing(asked, branch)
-            if listing is None:
-                continue
-            commit, paths = listing
-            found = _files(asked, paths)
-            if found:
-                return SplitFiles(asked, branch, commit, *found)
-            there = splits_there(paths) or there
+        for kinds in (KINDS, FURTHER_KINDS):
+            for branch in asked.branches:
+                commit, paths = listing(branch) or ("", [])
+                found = _files(asked, paths, kinds)
+                if found:
+                    return SplitFiles(asked, branch, commit, *found)
+                there = splits_there(paths) or there
     except _NotAnswered:
         return _cached_split(asked)
     if not there:
@@ -115,10 +120,8 @@ def fetch_split(found: SplitFiles) -> list[Path]:
         )
 
     if _cached_commit(found.asked.name, found.commit, found.files) is None:
-        log.info(
-            "data %s: fetching %s from the hub", asked.source,
-            "1 file" if len(found.files) == 1 else f"{len(found.files)} files",
-        )  # fmt: skip
+        count = len(found.files)
+        log.info("data %s: fetching %d file%s from the hub", asked.source, count, "s"[: count > 1])
     try:
         # By the branch's name: the hub's cache then knows offline which commit it stood for.
         folder = fetch(found.branch)
@@ -178,9 +181,11 @@ def _listing(asked: HubSplit, branch: str) -> tuple[str, list[str]] | None:
     return info.sha, [file.rfilename for file in info.siblings or ()]
 
 
-def _files(asked: HubSplit, paths: list[str]) -> tuple[str, tuple[str, ...]] | None:
+def _files(
+    asked: HubSplit, paths: list[str], kinds: Sequence[str]
+) -> tuple[str, tuple[str, ...]] | None:
     try:
-        return split_files(paths, asked.split, asked.config)
+        return split_files(paths, asked.split, asked.config, kinds)
     except FPOError as error:
         raise asked.error(str(error)) from error
 
@@ -190,12 +195,12 @@ def _cached_split(asked: HubSplit) -> SplitFiles | None:
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, HFValidationError
 
-    for branch in asked.branches:
+    for kinds, branch in itertools.product((KINDS, FURTHER_KINDS), asked.branches):
         try:
             tree = get_cached_repo_tree(asked.name, repo_type="dataset", revision=branch)
         except (CachedRepoTreeNotFoundError, HFValidationError):
             continue
-        found = _files(asked, [file.path for file in tree])
+        found = _files(asked, [file.path for file in tree], kinds)
         if found is None:
             continue
         commit = _cached_commit(asked.name, branch, found[1])

@@ -1,135 +1,132 @@
-"""Read rows from JSON, JSONL and Parquet files, each row with the place it came from.
+"""Read and count the rows of a source: files, folders, globs, hub splits and remote files."""
 
-The files are those of this machine, or of a split on the hub.
-"""
-
-import json
+import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
 
+from fpo_core.data.sources.addresses import shown
+from fpo_core.data.sources.csv_rows import csv_rows
+from fpo_core.data.sources.folders import local_files
 from fpo_core.data.sources.hub import SplitFiles, fetch_split
+from fpo_core.data.sources.identity import Resolved, identify_data
+from fpo_core.data.sources.json_rows import count_lines, json_rows
+from fpo_core.data.sources.kinds import kind_of
+from fpo_core.data.sources.row import DataFile, Row
+from fpo_core.data.sources.slices import Slice, split_slice
+from fpo_core.data.sources.tables import arrow_rows, count_arrow, count_parquet, parquet_rows
 from fpo_core.errors import FPOError
 
 
-class Row(NamedTuple):
-    """One row of a data file."""
-
-    value: dict[str, Any]
-    where: str  # "file.jsonl, line 3" or "file.json, row 3"; starts with the name as given
-
-
-def read_rows(path: str | Path, hub: SplitFiles | None = None) -> Iterator[Row]:
+def read_rows(source: str | Path, resolved: Resolved | None = None) -> Iterator[Row]:
     """Stream a source's rows.
 
+    A row that cannot be used comes with a fault and no columns; the caller counts it.
+
     Args:
-        path: the file, or the name of a split on the hub.
-        hub: the split's files (``identify_data`` has them); they are fetched where needed.
+        source: a file, a folder, FOLDER:SPLIT, a glob, OWNER/NAME:SPLIT on the hub, or an s3:// or
+            https:// address; a slice such as [:10%] may follow.
+        resolved: the files of a hub split or of an address, which ``identify_data`` returns. By
+            default the name is resolved again.
+
+    Yields:
+        At least one row.
 
     Raises:
-        FPOError: file missing, empty, of unknown kind or not JSON (with file and line); a split
-            that cannot be fetched.
+        FPOError: the source does not exist, cannot be fetched, holds no rows, or a file is damaged
+            (named with line or row group).
     """
-    if hub:
-        for file in fetch_split(hub):
-            part = f" ({file.name})" if len(hub.files) > 1 else ""
-            yield from _rows(file, f"{path}{part}", lines_in_json=True)
-        return
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise FPOError(
-            f"data file {str(path)!r} does not exist; a relative path starts at the folder the "
-            f"command runs in"
-        )
-    yield from _rows(file, str(file))
+    base, part = split_slice(str(source))
+    files = _files(base, resolved)
+    rows = (row for file in files for row in _file_rows(file))
+    if part:
+        chosen = _chosen(files, part)
+        rows = islice(rows, chosen.start, chosen.stop)
+    first = next(rows, None)
+    if first is None:
+        what = f"the slice {part} of data" if part else "data file" if len(files) == 1 else "data"
+        raise FPOError(f"{what} {shown(base)!r} holds no rows")
+    yield first
+    yield from rows
 
 
-def _rows(file: Path, name: str, *, lines_in_json: bool = False) -> Iterator[Row]:
-    """A file's rows; ``lines_in_json`` takes a row a line under the name .json, too."""
-    if file.stat().st_size == 0:
-        raise FPOError(f"data file {name!r} is empty")
-    suffix = file.suffix.lower()
-    if suffix == ".json" and lines_in_json and not _is_list(file):
-        suffix = ".jsonl"
-    if suffix in (".jsonl", ".ndjson"):
-        yield from _json_lines(file, name)
-    elif suffix == ".json":
-        yield from _json_array(file, name)
-    elif suffix == ".parquet":
-        yield from _parquet(file, name)
-    else:
-        raise FPOError(f"data file {name!r}: unknown kind; use .jsonl, .json or .parquet")
+def read_sound_rows(source: str | Path, resolved: Resolved | None = None) -> Iterator[Row]:
+    """Stream a source's rows where none may be left out, as in a benchmark's files.
+
+    Args:
+        source: as ``read_rows`` takes it.
+        resolved: as ``read_rows`` takes it.
+
+    Yields:
+        Rows without faults.
+
+    Raises:
+        FPOError: as ``read_rows``; also where a row has a fault.
+    """
+    for row in read_rows(source, resolved):
+        if row.fault:
+            raise FPOError(f"{row.where}: {row.fault.detail}")
+        yield row
 
 
-def _is_list(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(1024).lstrip().startswith(b"[")
+def count_rows(source: str | Path, resolved: Resolved | None = None) -> int:
+    """Return a source's number of rows, those with faults included.
+
+    Parquet and Arrow files are counted by their metadata and rows of one line each by their lines;
+    other files are read.
+
+    Args:
+        source: as ``read_rows`` takes it.
+        resolved: as ``read_rows`` takes it.
+
+    Raises:
+        FPOError: the source does not exist, or a file is damaged.
+    """
+    base, part = split_slice(str(source))
+    total = sum(map(_count, _files(base, resolved)))
+    return len(part.bounds(total)) if part else total
 
 
-def _json_lines(file: Path, name: str) -> Iterator[Row]:
-    seen = False
-    with file.open(encoding="utf-8") as stream:
-        number = 0
-        while True:
-            number += 1
-            where = f"{name}, line {number}"
-            try:
-                line = stream.readline()
-            except UnicodeDecodeError as error:
-                raise FPOError(f"{where}: not UTF-8 text ({error.reason})") from error
-            if not line:
-                break
-            if not line.strip():
-                continue
-            seen = True
-            yield Row(_object(_parse(line, where), where), where)
-    if not seen:
-        raise FPOError(f"data file {name!r} holds no rows")
+def _files(base: str, resolved: Resolved | None) -> list[DataFile]:
+    if resolved is None:
+        found = identify_data(base)
+        if not found.resolved:
+            raise FPOError(
+                f"data {base!r}: the hub cannot be reached, and its cache has not all files of the "
+                f"split. Check the network"
+            )
+        resolved = found.files
+    if resolved is None:
+        return list(local_files(base).files)
+    if not isinstance(resolved, SplitFiles):
+        return list(resolved.files)
+    paths = fetch_split(resolved)
+    named = len(paths) > 1
+    return [DataFile(path, f"{base} ({path.name})" if named else base, path.name) for path in paths]
 
 
-def _json_array(file: Path, name: str) -> Iterator[Row]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FPOError(f"{name}: not UTF-8 text ({error.reason})") from error
-    rows = _parse(text, name)
-    if not isinstance(rows, list):
-        raise FPOError(
-            f"{name}: a .json data file holds one list of rows; for a row a line use .jsonl"
-        )
-    if not rows:
-        raise FPOError(f"data file {name!r} holds no rows")
-    for number, value in enumerate(rows, start=1):
-        where = f"{name}, row {number}"
-        yield Row(_object(value, where), where)
+def _chosen(files: list[DataFile], part: Slice) -> range:
+    """Return the rows of a slice; only some slices need the rows counted."""
+    return part.bounds(sum(map(_count, files)) if part.needs_count else sys.maxsize)
 
 
-def _parquet(file: Path, name: str) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file) as table:
-            if table.metadata.num_rows == 0:
-                raise FPOError(f"data file {name!r} holds no rows")
-            number = 0
-            for batch in table.iter_batches():
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(value, f"{name}, row {number}")
-    except pa.ArrowInvalid as error:
-        raise FPOError(f"{name}: not a readable Parquet file ({error})") from error
+def _file_rows(file: DataFile) -> Iterator[Row]:
+    kind = kind_of(file)
+    if kind == "json":
+        return json_rows(file)
+    if kind == "parquet":
+        return parquet_rows(file)
+    if kind == "arrow":
+        return arrow_rows(file)
+    return csv_rows(file, "," if kind == "csv" else "\t")
 
 
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = f", line {error.lineno}" if ", line" not in where else ""
-        raise FPOError(f"{where}{line}: not JSON ({error.msg}, column {error.colno})") from error
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise FPOError(f"{where}: a row is a JSON object, this is {type(value).__name__}")
-    return value
+def _count(file: DataFile) -> int:
+    kind = kind_of(file)
+    if kind == "parquet":
+        return count_parquet(file)
+    if kind == "arrow":
+        return count_arrow(file)
+    if kind == "json" and (lines := count_lines(file)) is not None:
+        return lines
+    return sum(1 for _ in _file_rows(file))

@@ -10,17 +10,28 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
+from fpo_core.data.sources.compression import SUFFIXES as COMPRESSED
+from fpo_core.data.sources.kinds import BY_SUFFIX
 from fpo_core.errors import FPOError
 
 DEFAULT = "default"  # the configuration of files that name none
 # Best first: where a split is there in two kinds, it is read from one.
 KINDS = (".parquet", ".jsonl", ".ndjson", ".json")
+# Asked for only where there is none of the above, so that what is read of a repository stays.
+FURTHER_KINDS = tuple(
+    kind + compressed
+    for compressed in ("", *COMPRESSED)
+    for kind in dict.fromkeys((*KINDS, *BY_SUFFIX))
+    if compressed or kind not in KINDS
+)
 # What follows a split's name in that of a shard: "-00000-of-00003", "-00000-of-00003-0a1b2c3d".
 _NUMBER = re.compile(r"-\d+(-of-\d+)?(-[0-9a-f]+)?$")
 # Names that tell a file from its neighbours, and nothing else: the folder says the split.
 _PART = re.compile(r"(part|shard|chunk|file|data)?[-_.]?\d*")
-# What the `datasets` library writes beside the data.
-_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+# Names of splits that nobody reads as one.
+_KNOWN_SPLIT = re.compile(r"(train|test|val|valid|validation|dev|eval|heldout)([_-].*)?")
+# What the `datasets` library writes next to the data.
+METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
 class SplitPlace(NamedTuple):
@@ -34,19 +45,19 @@ class SplitPlace(NamedTuple):
 def place_of(path: str) -> SplitPlace | None:
     """Configuration and split of a file in a repository; None for what is no data file."""
     file = PurePosixPath(path)
-    kind = file.suffix.lower()
-    if kind not in KINDS or file.name in _METADATA:
+    kind = "".join(file.suffixes[-2:] if file.suffix.lower() in COMPRESSED else file.suffixes[-1:])
+    if kind.lower() not in (*KINDS, *FURTHER_KINDS) or file.name in METADATA:
         return None
     folders = list(file.parts[:-1])
-    split = _NUMBER.sub("", file.stem)
+    split = _NUMBER.sub("", file.name.removesuffix(kind))
     if folders and _PART.fullmatch(split):
         split = folders.pop()
     config = "/".join(folder for folder in folders if folder != "data")
-    return SplitPlace(config or DEFAULT, split, kind)
+    return SplitPlace(config or DEFAULT, split, kind.lower())
 
 
 def split_files(
-    paths: Sequence[str], split: str, config: str | None
+    paths: Sequence[str], split: str, config: str | None, kinds: Sequence[str] = KINDS
 ) -> tuple[str, tuple[str, ...]] | None:
     """The configuration and the files of a split, in order; None when no file is of it.
 
@@ -54,12 +65,13 @@ def split_files(
         paths: the repository's files.
         split: the split's name.
         config: the configuration's; None takes the only one, or the default one.
+        kinds: suffixes to look for, best first.
 
     Raises:
         FPOError: no configuration is given, and several have the split.
     """
     placed = [(path, place) for path in sorted(paths) if (place := place_of(path))]
-    for kind in KINDS:
+    for kind in kinds:
         found: dict[str, list[str]] = {}
         for path, place in placed:
             if (place.kind, place.split) == (kind, split) and config in (None, place.config):
@@ -78,12 +90,29 @@ def split_files(
 
 def splits_there(paths: Sequence[str]) -> list[str]:
     """The splits that a repository's files name, as a recipe would write them."""
+    order = (*KINDS, *FURTHER_KINDS)
     places = [place for path in paths if (place := place_of(path))]
-    best = min((KINDS.index(place.kind) for place in places), default=0)
+    best = min((order.index(place.kind) for place in places), default=0)
     return sorted(
         {
             place.split if place.config == DEFAULT else f"{place.config}:{place.split}"
             for place in places
-            if KINDS.index(place.kind) == best
+            if order.index(place.kind) == best
         }
     )
+
+
+def files_named(paths: Sequence[str], split: str) -> list[str]:
+    """Return the files of a folder whose names say a split, of whatever kind, in order."""
+    return [path for path in paths if (place := place_of(path)) and place.split == split]
+
+
+def names_said(paths: Sequence[str], *, known_only: bool = True) -> list[str]:
+    """Return the splits that a folder's files name.
+
+    Args:
+        paths: the files.
+        known_only: leave out names such as "part" that may be no split's.
+    """
+    names = {place.split for path in paths if (place := place_of(path))}
+    return sorted(name for name in names if not known_only or _KNOWN_SPLIT.fullmatch(name))
