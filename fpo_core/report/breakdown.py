@@ -17,27 +17,20 @@ from fpo_core.report.view import Value
 
 FIGURE_NAMES = "results_by_"  # and the number of the column: names come from the recipe
 FEW_PAIRS = 10
-LONGEST, LONGEST_LABEL = 80, 20  # characters of a group's name, in the table and in the chart
+LONGEST, LONGEST_LABEL = 80, 18  # characters of a group's name, in the table and in the chart
 COLUMNS = (
     "Group",
     "Pairs",
     "Accuracy before",
     "Accuracy after",
     "Change",
-    "Margin before",
     "Margin after",
     "KL chosen",
     "KL rejected",
     "Discrepancy",
 )
-# Metric and estimate of the columns from the sixth on.
-PLAIN = (
-    ("margin", "reference"),
-    ("margin", "policy"),
-    ("kl_chosen", "policy"),
-    ("kl_rejected", "policy"),
-    ("discrepancy", "policy"),
-)
+ALONE = ("kl_chosen", "kl_rejected", "discrepancy")  # which the reference does not have
+CHARACTER = 7.5  # pixels of a label's character in a wide font; Vega measures a narrow one
 APART = {"reference": -6, "policy": 6}  # pixels from the middle of a group's row
 
 NOTE = (
@@ -139,15 +132,19 @@ def _short(name: str, longest: int) -> str:
 
 def _row(group: Group, frame: pl.DataFrame) -> tuple[Value, ...]:
     accuracy = group.metrics.get("accuracy", {})
-    plain = [
-        Value(_number(group.metrics.get(metric, {}).get(name), _decimals(frame, metric)), "")
-        for metric, name in PLAIN
-    ]
+    margins = group.metrics.get("margin", {})
+    before, after = (
+        _number(margins.get(who), _decimals(frame, "margin")) for who in ("reference", "policy")
+    )
     return (
         Value(group.name, ""),
         Value(f"{group.pairs:,}", "few pairs" if group.is_small else ""),
         *(_share(accuracy, name) for name in ("reference", "policy", "difference")),
-        *plain,
+        Value(after, f"{before} before"),
+        *(
+            Value(_number(group.metrics.get(key, {}).get("policy"), _decimals(frame, key)), "")
+            for key in ALONE
+        ),
     )
 
 
@@ -223,9 +220,9 @@ def _marks(labels: Sequence[str], groups: Sequence[Group], who: str) -> list[Any
         labelExpr=f"format(100 * datum.value, '.0f') + '{NARROW}%'",
     )
     scale = alt.Scale(domain=[0, 1])
-    y = alt.Y("group:N", sort=None).title(None)
+    y, extent = alt.Y("group:N", sort=None).title(None), CHARACTER * max(map(len, labels))
     base = alt.Chart(frame).encode(
-        y=y.axis(grid=False, labelColor=palette.INK.light, labelLimit=260)
+        y=y.axis(grid=False, labelColor=palette.INK.light, labelLimit=280, minExtent=round(extent))
     )
     rule = base.mark_rule(color=colour, strokeWidth=2, yOffset=APART[who])
     dot = base.mark_circle(
@@ -238,10 +235,12 @@ def _marks(labels: Sequence[str], groups: Sequence[Group], who: str) -> list[Any
 
 
 def _caption(groups: Sequence[Group]) -> str:
-    differences = [group.metrics["accuracy"] for group in groups]
-    rose = sum(one["difference_low"] > 0 for one in differences)
-    fell = sum(one["difference_high"] < 0 for one in differences)
+    """Count clear changes; the interval of a few pairs can exclude zero by accident."""
+    counted = [group.metrics["accuracy"] for group in groups if not group.is_small]
+    rose = sum(one["difference_low"] > 0 for one in counted)
+    fell = sum(one["difference_high"] < 0 for one in counted)
     return (
-        f"Accuracy clearly rose in {rose} of {len(groups)} groups and clearly fell in {fell}: the "
-        "interval of the change excludes zero. Behind each name: its number of pairs."
+        f"Groups with {FEW_PAIRS} pairs or more: {len(counted)}. Accuracy clearly rose in {rose} of them "
+        f"and fell in {fell}: the interval of the change excludes zero. The number of pairs stands "
+        "behind each name."
     )

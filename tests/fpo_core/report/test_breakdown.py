@@ -44,6 +44,8 @@ def test_a_row_is_what_the_breakdown_says():
         decimals = len(text.partition(".")[2])
         assert text == f"{values[metric]['policy']:.{decimals}f}"
     assert "fewer than 10" in section.table.note
+    assert section.figure
+    assert section.figure.caption.startswith("Groups with 10 pairs or more: 1.")
     large = broken_down(topic=["maths", "code"] * 30)
     (section,) = sections(example_report(breakdown=large))
     assert "fewer than 10" not in section.table.note
@@ -83,8 +85,8 @@ def test_long_names_are_cut_and_stay_apart_in_the_chart():
     (section,) = sections(example_report(breakdown=frame))
     assert section.figure
     assert section.table.rows[1][0].value == "a" * 80 + "…"
-    assert section.figure.svg.count(f"{'a' * 20}… (30)") == 1
-    assert section.figure.svg.count(f"{'a' * 20}… #2 (30)") == 1
+    assert section.figure.svg.count(f"{'a' * 18}… (30)") == 1
+    assert section.figure.svg.count(f"{'a' * 18}… #2 (30)") == 1
 
 
 @pytest.mark.parametrize("missing", [None, NAN])
