@@ -240,7 +240,7 @@ def _caption(groups: Sequence[Group]) -> str:
     rose = sum(one["difference_low"] > 0 for one in counted)
     fell = sum(one["difference_high"] < 0 for one in counted)
     return (
-        f"Groups with {FEW_PAIRS} pairs or more: {len(counted)}. Accuracy clearly rose in {rose} of "
-        f"them and fell in {fell}: the interval of the change excludes zero. The number of pairs "
+        f"Groups with {FEW_PAIRS} pairs or more: {len(counted)}. Accuracy clearly rose in {rose} "
+        f"of them and fell in {fell}: the interval of the change excludes zero. The number of pairs "
         "stands behind each name."
     )
