@@ -110,7 +110,7 @@ def _of_split(folder: Path, split: str, source: str) -> LocalFiles:
 
 def _of_glob(pattern: str, source: str) -> LocalFiles:
     found = sorted(map(Path, glob.glob(pattern, recursive=True)))
-    files = [file for file in found if file.is_file() and _holds_data(file)]
+    files = [file for file in found if file.is_file() and _holds_data(file) and not _loops(file)]
     if not files:
         hint = " (a slice cannot follow a glob)" if source.endswith("]") else ""
         raise FPOError(
@@ -165,6 +165,12 @@ def _holds_data(file: Path) -> bool:
         log.warning("data: %s is skipped, it is of no kind of data file", file)
         return False
     return True
+
+
+def _loops(file: Path) -> bool:
+    """Return whether a path goes through one folder twice, by a link that leads back."""
+    folders = [folder.resolve() for folder in file.parents]
+    return len({*folders}) < len(folders)
 
 
 def _saved_splits(folder: Path) -> list[str]:

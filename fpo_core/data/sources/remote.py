@@ -156,23 +156,21 @@ class _Shown(Callback):
         super().__init__()
         self._name = name
         self._progress: Progress | None = None
-        self._bytes = 0
+        self._shown = 0
 
-    def set_size(self, size: int | None) -> None:
-        super().set_size(size)
-        if size and size >= SHOWN_FROM and self._progress is None:
-            self._progress = Progress(f"fetching {self._name}", total=size // _UNIT, unit="MB")
-            self._progress.__enter__()
-
-    def relative_update(self, inc: int = 1) -> None:
-        super().relative_update(inc)
-        if self._progress:
-            before = self._bytes // _UNIT
-            self._bytes += inc
-            self._progress.advance(self._bytes // _UNIT - before)
+    def call(self, hook_name: str | None = None, **kwargs: Any) -> None:
+        """Follow the number of bytes; fsspec calls this whenever it or the total changes."""
+        super().call(hook_name, **kwargs)
+        if self._progress is None and self.size and self.size >= SHOWN_FROM:
+            label, total = f"fetching {self._name}", self.size // _UNIT
+            self._progress = Progress(label, total=total, unit="MB").__enter__()
+        if self._progress is not None and (new := self.value // _UNIT - self._shown):
+            self._shown += new
+            self._progress.advance(new)
 
     def close(self) -> None:
-        if self._progress:
+        """Take the bar away."""
+        if self._progress is not None:
             self._progress.__exit__(None, None, None)
 
 

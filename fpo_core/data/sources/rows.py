@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from fpo_core.data.sources.addresses import shown
+from fpo_core.data.sources.addresses import is_remote, shown
 from fpo_core.data.sources.csv_rows import csv_rows
 from fpo_core.data.sources.folders import local_files
-from fpo_core.data.sources.hub import SplitFiles, fetch_split
+from fpo_core.data.sources.hub import SplitFiles, fetch_split, hub_split
 from fpo_core.data.sources.identity import Resolved, identify_data
 from fpo_core.data.sources.json_rows import count_lines, json_rows
 from fpo_core.data.sources.kinds import kind_of
@@ -88,7 +88,7 @@ def count_rows(source: str | Path, resolved: Resolved | None = None) -> int:
 
 
 def _files(base: str, resolved: Resolved | None) -> list[DataFile]:
-    if resolved is None:
+    if resolved is None and (is_remote(base) or hub_split(base)):
         found = identify_data(base)
         if not found.resolved:
             raise FPOError(

@@ -100,7 +100,7 @@ def _parquet(file: DataFile) -> Iterator[Any]:
 
     with open_seekable(file) as content:
         with _damage(file, "Parquet"):
-            table = pq.ParquetFile(content)
+            table = pq.ParquetFile(content, page_checksum_verification=True)
             schema = table.schema_arrow
         with table:
             check_columns(schema, file.name)

@@ -25,11 +25,15 @@ SPLITS = ("train_prefs", "test_prefs")
 MESSAGES = pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))
 ULTRAFEEDBACK = pa.schema(
     [
-        ("prompt", pa.string()), ("prompt_id", pa.string()), ("chosen", MESSAGES),
-        ("rejected", MESSAGES), ("messages", MESSAGES), ("score_chosen", pa.float64()),
+        ("prompt", pa.string()),
+        ("prompt_id", pa.string()),
+        ("chosen", MESSAGES),
+        ("rejected", MESSAGES),
+        ("messages", MESSAGES),
+        ("score_chosen", pa.float64()),
         ("score_rejected", pa.float64()),
     ]
-)  # fmt: skip
+)
 
 
 def conversation(prompt: str, answer: str) -> list[dict[str, str]]:
@@ -39,12 +43,16 @@ def conversation(prompt: str, answer: str) -> list[dict[str, str]]:
 def parquet(*answers: str) -> bytes:
     rows = [
         {
-            "prompt": "Which?", "prompt_id": "0" * 64, "chosen": conversation("Which?", answer),
-            "rejected": conversation("Which?", "None."), "score_chosen": 8.0,
-            "messages": conversation("Which?", answer), "score_rejected": 2.5,
+            "prompt": "Which?",
+            "prompt_id": "0" * 64,
+            "chosen": conversation("Which?", answer),
+            "rejected": conversation("Which?", "None."),
+            "score_chosen": 8.0,
+            "messages": conversation("Which?", answer),
+            "score_rejected": 2.5,
         }
         for answer in answers
-    ]  # fmt: skip
+    ]
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=ULTRAFEEDBACK), sink)
     return sink.getvalue()
@@ -79,10 +87,14 @@ def address(hub):
 
 def environment(tmp_path, address, **more):
     return {
-        **os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": "0", "FPO_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT),
+        **os.environ,
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "FPO_CACHE": str(tmp_path / "cache"),
+        "PYTHONPATH": str(ROOT),
         **more,
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -91,9 +103,13 @@ def read(tmp_path, address):
 
     def call(*sources, **more):
         done = subprocess.run(
-            [sys.executable, "-m", "tests.hub_client", *sources], cwd=tmp_path,
-            env=environment(tmp_path, address, **more), capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            [sys.executable, "-m", "tests.hub_client", *sources],
+            cwd=tmp_path,
+            env=environment(tmp_path, address, **more),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -157,12 +173,21 @@ def test_the_hubs_conversion_is_read_where_the_repository_has_no_readable_split(
     hub.commit("owner/zipped", {"loader.py": b"raise SystemExit", "train.jsonl.gz": b"?"})
     converted = hub.commit(
         "owner/zipped",
-        {"en/train/0000.parquet": parquet("six"), "en/train/0001.parquet": parquet("seven"),
-         "de/train/0000.parquet": parquet("sieben"), "de/test/0000.parquet": parquet("acht")},
+        {
+            "en/train/0000.parquet": parquet("six"),
+            "en/train/0001.parquet": parquet("seven"),
+            "de/train/0000.parquet": parquet("sieben"),
+            "de/test/0000.parquet": parquet("acht"),
+        },
         "refs/convert/parquet",
-    )  # fmt: skip
-    sources = ("owner/zipped:en:train", "owner/zipped:test", "owner/zipped:train",
-               f"owner/zipped@{converted}:en:train", "owner/zipped:fr:train")  # fmt: skip
+    )
+    sources = (
+        "owner/zipped:en:train",
+        "owner/zipped:test",
+        "owner/zipped:train",
+        f"owner/zipped@{converted}:en:train",
+        "owner/zipped:fr:train",
+    )
     named, only, several, pinned, unknown = found = read(*sources)
     assert named["identity"] == f"hub-data:owner/zipped@{converted}:en:train"
     assert answers(named) == answers(pinned) == ["six", "seven"]
@@ -176,9 +201,13 @@ def test_json_files_are_read_whatever_their_layout(hub, read):
     pairs = [json.loads(line) for line in jsonl("b", "c").splitlines()]
     hub.commit(
         "owner/json",
-        {"train.jsonl": jsonl("a"), "test.json": json.dumps(pairs).encode(), "dev.json": jsonl("d"),
-         "bad.jsonl": jsonl("e") + b"{"},
-    )  # fmt: skip
+        {
+            "train.jsonl": jsonl("a"),
+            "test.json": json.dumps(pairs).encode(),
+            "dev.json": jsonl("d"),
+            "bad.jsonl": jsonl("e") + b"{",
+        },
+    )
     train, test, dev, bad = read(
         *(f"owner/json:{split}" for split in ("train", "test", "dev", "bad"))
     )
@@ -190,9 +219,12 @@ def test_json_files_are_read_whatever_their_layout(hub, read):
 def test_what_cannot_be_had_is_told_with_the_remedy(hub, read):
     hub.commit("owner/pictures", {"cat.png": b"?"})
     told = read(
-        "owner/nothing:train", f"{NAME}:train", "owner/pictures:train", f"{NAME}@v9:train_prefs",
+        "owner/nothing:train",
+        f"{NAME}:train",
+        "owner/pictures:train",
+        f"{NAME}@v9:train_prefs",
         "owner/a..b:train",
-    )  # fmt: skip
+    )
     unknown, split, pictures, revision, name = (found["error"] for found in told)
     assert "the hub has no dataset 'owner/nothing', or none that you may read" in unknown
     assert "HF_TOKEN" in unknown
@@ -220,10 +252,19 @@ def test_files_that_the_hub_lists_and_does_not_give(hub, read):
     assert "or save the split as Parquet or JSONL and give the file" in told["error"]
 
 
-FILES = ["train.parquet", "train.jsonl", "train-00000-of-00002.jsonl", "x/train/0000.parquet",
-         "x/test/part-00001.jsonl", "x/test/part-00000.jsonl",
-         "data/y/dev-00000-of-00001-0a1b.json", "helpful/train.jsonl",
-         "train_sft.parquet", "dataset_infos.json", "train.csv"]  # fmt: skip
+FILES = [
+    "train.parquet",
+    "train.jsonl",
+    "train-00000-of-00002.jsonl",
+    "x/train/0000.parquet",
+    "x/test/part-00001.jsonl",
+    "x/test/part-00000.jsonl",
+    "data/y/dev-00000-of-00001-0a1b.json",
+    "helpful/train.jsonl",
+    "train_sft.parquet",
+    "dataset_infos.json",
+    "train.csv",
+]
 
 
 @pytest.mark.parametrize(
@@ -274,9 +315,13 @@ def test_a_recipe_with_hub_data_plans_and_tokenizes(hub, tmp_path, address):
 
     def call(*command):
         done = subprocess.run(
-            [sys.executable, *command], cwd=tmp_path, env=environment(tmp_path, address),
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env=environment(tmp_path, address),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
