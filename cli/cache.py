@@ -32,6 +32,7 @@ AsParquet = Annotated[
     ),
 ]
 SHADES = ("", "on grey15", "on grey23", "on dark_green", "on green4")  # by strength
+UNSCORED = "dim italic"  # tokens of other speakers' turns
 
 
 @app.command("ls")
@@ -406,7 +407,8 @@ def _shaded(pieces: Any, top: float, marked: int | None) -> Text:
         share = piece.value / top if top > 0 else 0.0
         shade = SHADES[min(len(SHADES) - 1, int(share * len(SHADES)) if share > 0 else 0)]
         bold = "bold " if piece.position == marked else ""
-        line.append(piece.text, style=(bold + shade).strip() or None)
+        style = (bold + shade).strip() or None
+        line.append(piece.text, style=style if piece.scored else UNSCORED)
     return line
 
 

@@ -1,5 +1,6 @@
 """Features of a cache: the table of all, and the page of one."""
 
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ class TokenPiece(NamedTuple):
     text: str
     value: float  # the feature's activation there, 0 where it is not among the stored ones
     position: int
+    scored: bool  # False: of another speaker's turn, where no feature is read
 
 
 class Example(NamedTuple):
@@ -152,27 +154,66 @@ def _example(cache: FeatureCache, index: PairIndex, feature: int, found: dict[st
     position = found["position"]
     row = 2 * index.pair_number(found["pair_id"]) + (found["side"] == "rejected")
     start = max(0, position - CONTEXT)
-    column = f"{found['side']}_ids"
-    ids = pair_columns(cache, index, row // 2, [column])[column][start : position + CONTEXT + 1]
+    names = [f"{found['side']}_{part}" for part in ("ids", "unscored")]
+    columns = pair_columns(cache, index, row // 2, names)
+    ids, unscored = (columns[name] for name in names)
     values = token_values(cache, index, row, feature)
     values[position] = found["value"]  # sampled token tables may leave it out
-    pieces = cache.detokenizer.pieces(ids)
+    pieces = response_pieces(cache, ids, unscored, values, slice(start, position + CONTEXT + 1))
     return Example(
-        found["pair_id"], found["side"], position, found["value"],
-        tuple(
-            TokenPiece(piece, values.get(place, 0.0), place)
-            for place, piece in enumerate(pieces, start)
-        ),
-    )  # fmt: skip
+        pair_id=found["pair_id"],
+        side=found["side"],
+        position=position,
+        value=found["value"],
+        pieces=pieces,
+    )
+
+
+def response_pieces(
+    cache: FeatureCache,
+    ids: Sequence[int],
+    unscored: Sequence[int],
+    values: Mapping[int, float],
+    part: slice = slice(None),
+) -> tuple[TokenPiece, ...]:
+    """Return the tokens of a response as they are shown.
+
+    Args:
+        cache: whose detokenizer to use.
+        ids: the response.
+        unscored: its ranges that are not scored: start, stop, start, stop, ...
+        values: a feature's activations, by position.
+        part: the tokens to return.
+    """
+    left_out = {
+        position
+        for start, stop in zip(unscored[0::2], unscored[1::2], strict=True)
+        for position in range(start, stop)
+    }
+    return tuple(
+        TokenPiece(
+            text=text,
+            value=values.get(position, 0.0),
+            position=position,
+            scored=position not in left_out,
+        )
+        for position, text in zip(
+            range(len(ids))[part], cache.detokenizer.pieces(ids[part]), strict=True
+        )
+    )
 
 
 def pair_columns(
     cache: FeatureCache, index: PairIndex, pair: int, columns: list[str]
 ) -> dict[str, Any]:
-    """Some columns of one pair, by its number."""
+    """Return some columns of one pair, by its number.
+
+    Ranges of unscored tokens are empty where the table is from before their columns.
+    """
     shard, place = index.shard_of(2 * pair)
     rows = slice(place // 2, place // 2 + 1)
-    return cache.pairs.rows("", shard, rows, columns).to_pylist()[0]
+    found = cache.pairs.rows("", shard, rows, columns).to_pylist()[0]
+    return {name: [] for name in columns if name.endswith("_unscored")} | found
 
 
 def token_values(cache: FeatureCache, index: PairIndex, row: int, feature: int) -> dict[int, float]:

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from explorer.cache import FeatureCache
-from explorer.features import TokenPiece, pair_columns, token_values
+from explorer.features import TokenPiece, pair_columns, response_pieces, token_values
 from explorer.index import PairIndex
 from explorer.labels import Labels
 
+SIDES = ("chosen", "rejected")
 DIFFERING = 20
 PROMPT_END = 40  # tokens of a prompt in the list, its last ones
 SHOWN_PROMPT = 400  # tokens of a prompt that are shown, its last ones
@@ -92,27 +93,25 @@ def pair_view(
     number = index.pair_number(pair_id)
     if feature is not None:
         cache.check_feature(feature)
-    columns = ["split", "source", "prompt_ids", "chosen_ids", "rejected_ids"]
-    pair = pair_columns(cache, index, number, columns)
+    sides = [f"{side}_{part}" for side in SIDES for part in ("ids", "unscored")]
+    pair = pair_columns(cache, index, number, ["split", "source", "prompt_ids", *sides])
     prompt = pair["prompt_ids"]
     shown = prompt[-SHOWN_PROMPT:]
 
-    def response(side: int, ids: list[int]) -> tuple[TokenPiece, ...]:
+    def response(side: int) -> tuple[TokenPiece, ...]:
         values = {} if feature is None else token_values(cache, index, 2 * number + side, feature)
-        pieces = cache.detokenizer.pieces(ids)
-        return tuple(
-            TokenPiece(piece, values.get(place, 0.0), place) for place, piece in enumerate(pieces)
-        )
+        ids, unscored = (pair[f"{SIDES[side]}_{part}"] for part in ("ids", "unscored"))
+        return response_pieces(cache, ids, unscored, values)
 
     return PairView(
-        pair_id,
-        pair["split"],
-        pair["source"],
-        tuple(cache.detokenizer.pieces(shown)),
-        len(prompt) - len(shown),
-        response(0, pair["chosen_ids"]),
-        response(1, pair["rejected_ids"]),
-        _differing(cache, index, number, labels),
+        pair_id=pair_id,
+        split=pair["split"],
+        source=pair["source"],
+        prompt=tuple(cache.detokenizer.pieces(shown)),
+        prompt_left_out=len(prompt) - len(shown),
+        chosen=response(0),
+        rejected=response(1),
+        differing=_differing(cache, index, number, labels),
     )
 
 
