@@ -153,7 +153,8 @@ def test_the_figures_are_those_of_each_response_by_itself(heldout_caches, policy
     wanted, xs, all_acts = [], [], []
     for example in watch.examples:
         scores, sides = [], {}
-        for side, response in zip(("chosen", "rejected"), example.ids[2:], strict=True):
+        for side in ("chosen", "rejected"):
+            response = getattr(example.ids, side)
             logps, kl, pooled, x, acts = response_figures(
                 models, coder, example.ids.prompt, response
             )
