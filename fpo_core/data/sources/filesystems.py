@@ -4,7 +4,6 @@ S3 comes through pyarrow, which is here anyway: s3fs pins a botocore of its own,
 follow. No text of an error that a library wrote is shown, since it may hold a signed address.
 """
 
-import asyncio
 import errno
 import os
 import re
@@ -14,7 +13,8 @@ from urllib.parse import urlsplit
 CONNECT_SECONDS = 15
 SILENT_SECONDS = 60
 _AWS_ERROR = re.compile(r"AWS Error ([A-Z_]+)")
-_DISK = {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM}
+# Of the cache folder; the network has other errors.
+_DISK = {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 
 
 class State(NamedTuple):
@@ -72,7 +72,7 @@ def state_of(filesystem: Any, path: str) -> State:
     if "ETag" in info or "Last-Modified" in info or "mtime" not in info:
         return State(info.get("ETag"), info.get("size"), info.get("Last-Modified"))
     with filesystem.fs.open_input_stream(path) as stream:
-        etag = (stream.metadata() or {}).get(b"ETag")
+        etag = (stream.metadata() or {}).get("ETag")
     mtime = info["mtime"].isoformat() if info["mtime"] else None
     return State(etag.decode() if etag else None, info["size"], mtime)
 
@@ -85,7 +85,7 @@ def problem_of(error: BaseException) -> Problem:
     """
     import aiohttp
 
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not isinstance(error, aiohttp.ClientError):
         error = error.__cause__
     if isinstance(error, aiohttp.TooManyRedirects):
         return Problem("it redirects too often. Check the address")
@@ -114,10 +114,10 @@ def problem_of(error: BaseException) -> Problem:
         )
     if isinstance(error, aiohttp.ClientPayloadError):
         return Problem("the connection broke off. Run the same command again", offline=True)
-    return Problem(
-        f"the server cannot be reached ({type(error).__name__}). Check the network and the address",
-        offline=isinstance(error, (OSError, aiohttp.ClientError, asyncio.TimeoutError)),
-    )
+    if isinstance(error, (OSError, aiohttp.ClientError)):
+        text = "the server cannot be reached. Check the network and the address"
+        return Problem(text, offline=True)
+    return Problem(f"it cannot be fetched ({type(error).__name__}). Check the address")
 
 
 def _of_status(status: int) -> Problem:
