@@ -29,9 +29,8 @@ import torch
 
 from benchmarks.shapes import SHAPES, shape_model, varied_pairs
 from fpo_core.bench.model import Question
-from fpo_core.data.tokenize import ChatFormat
+from fpo_core.data.render import ChatFormat
 from fpo_core.generation.answers import Prompt, Sampling
-from fpo_core.generation.prompts import end_tokens
 from fpo_core.generation.transformers_backend import (
     TransformersBackend,
     answer_budget,
@@ -129,7 +128,7 @@ def _of_questions(arguments: argparse.Namespace) -> _Work:
         Prompt(question.id, 0, arguments.temperature, 0, number, (), row)
         for number, (question, row) in enumerate(zip(questions, ids, strict=True))
     ]
-    return _Work(model, chat.tokenizer, end_tokens(chat), _batches(prompts, arguments.batch))
+    return _Work(model, chat.tokenizer, chat.end_tokens(), _batches(prompts, arguments.batch))
 
 
 def _of_shape(arguments: argparse.Namespace) -> _Work:

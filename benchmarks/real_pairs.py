@@ -3,8 +3,10 @@
 import numpy as np
 
 from fpo_core.data.batches import PairIds
-from fpo_core.data.pairs import read_pairs
-from fpo_core.data.tokenize import ChatFormat, Limits, TokenizedPair, tokenize_pairs
+from fpo_core.data.conversations.reader import read_source
+from fpo_core.data.render import ChatFormat
+from fpo_core.data.tokenize import TokenizedPair, Tokenizer
+from fpo_core.data.truncation import Limits
 from fpo_core.models.load import load_tokenizer, model_folder
 from fpo_core.recipe import load_recipe
 
@@ -20,10 +22,10 @@ def real_pairs(data: str, longest: int, count: int) -> list[PairIds]:
         count: how many.
     """
     tokenizer = load_tokenizer(model_folder(load_recipe("quickstart").model.source))
-    chat, limits = ChatFormat(tokenizer, "model"), Limits(longest, longest)
+    tokenize = Tokenizer(ChatFormat(tokenizer, "model"), Limits(None, longest)).tokenize
     fitting = [
         PairIds(pair.pair_id, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-        for pair in tokenize_pairs(read_pairs(data), chat, limits)
+        for pair in tokenize(read_source(data))
         if isinstance(pair, TokenizedPair)
     ]
     rows = np.random.default_rng(SEED).choice(len(fitting), count, replace=False)

@@ -66,8 +66,15 @@ def shape_pairs(shape: Shape) -> list[PairIds]:
     def ids(count: int) -> list[int]:
         return torch.randint(shape.config["vocab_size"], (count,), generator=generator).tolist()
 
-    lengths = (shape.prompt, shape.response, shape.response)
-    return [PairIds(str(pair), *(ids(n) for n in lengths)) for pair in range(shape.pairs)]
+    return [
+        PairIds(
+            pair_id=str(pair),
+            prompt=ids(shape.prompt),
+            chosen=ids(shape.response),
+            rejected=ids(shape.response),
+        )
+        for pair in range(shape.pairs)
+    ]
 
 
 def varied_pairs(shape: Shape, count: int, seed: int = 0) -> list[PairIds]:
@@ -78,8 +85,12 @@ def varied_pairs(shape: Shape, count: int, seed: int = 0) -> list[PairIds]:
         length = int(np.clip(draw.lognormal(np.log(typical / 3), 0.7), 4, typical))
         return draw.integers(shape.config["vocab_size"], size=length)
 
-    lengths = (shape.prompt, shape.response, shape.response)
     return [
-        PairIds(f"{seed:08x}{number:08x}", *(ids(typical) for typical in lengths))
+        PairIds(
+            pair_id=f"{seed:08x}{number:08x}",
+            prompt=ids(shape.prompt),
+            chosen=ids(shape.response),
+            rejected=ids(shape.response),
+        )
         for number in range(count)
     ]

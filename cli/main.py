@@ -18,6 +18,7 @@ from cli.bench import app as bench_app
 from cli.browse import browse
 from cli.cache import app as cache_app
 from cli.compare import compare
+from cli.data import app as data_app
 from cli.prefect import app as prefect_app
 from cli.sae import app as sae_app
 from cli.store import AsJson, StoreUrl
@@ -39,6 +40,7 @@ Examples:
   fpo run quickstart --set train.method=dpo   another objective, the same caches
   fpo run quickstart --only features --force  one stage by itself
   fpo plan gemma2b                            what would run, before it runs
+  fpo data check my-pairs.jsonl               what a data file is read as
   fpo store ls                                what is stored
   fpo cache features quickstart               what tells chosen from rejected
   fpo report quickstart                       the report of a finished run
@@ -162,7 +164,9 @@ def plan(
     """
     from cli.estimates import print_estimates
     from cli.show import print_json, print_plan
+    from cli.show_data import planned_lines
     from fpo_core.recipe import load_recipe
+    from tasks.data_check import planned_sources
     from tasks.estimate import WhatIf, estimate_plan
     from tasks.plan import asked_stages, make_plan
     from tasks.reasons import explain_plan
@@ -175,15 +179,18 @@ def plan(
     reasons = explain_plan(planned, artifacts)
     what_if = WhatIf(pairs, prompt_tokens, response_tokens)
     estimates = estimate_plan(settings, planned, artifacts, what_if, stages)
+    sources = planned_sources(settings, planned, artifacts)
     if as_json:
         print_json({
             "recipe": settings.name, "store": artifacts.url,
             "stages": {name: planned.stages[name] for name in stages},
             "why": {name: why for name, why in reasons.items() if name in stages},
-            "unresolved": planned.unresolved, "estimates": estimates,
+            "unresolved": planned.unresolved, "data": sources, "estimates": estimates,
         })  # fmt: skip
         return
     print_plan(settings, planned, artifacts, stages, reasons)
+    for line in planned_lines(sources):
+        print(line)
     print_estimates(estimates)
 
 
@@ -246,6 +253,7 @@ app.command()(browse)
 app.command()(compare)
 app.command()(sweep)
 app.add_typer(store_app, name="store")
+app.add_typer(data_app, name="data")
 app.add_typer(sae_app, name="sae")
 app.add_typer(bench_app, name="bench")
 app.add_typer(prefect_app, name="prefect")

@@ -106,3 +106,6 @@ def copy_records(source: Store, target: Store, names: Iterable[str], *, move_ref
         record = runs[run_id]
         assert record is not None
         target.put_run(run_id, record)
+    # Data keeps the day it was first tokenized, or the copies would not be found again.
+    for data, date in source.dates().items():
+        target.record_date(data, date)

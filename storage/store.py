@@ -7,6 +7,7 @@
 <root>/refs/<recipe>/<stage>.json                   the version a recipe last made or used
 <root>/runs/<run id>.json                           one pipeline run: recipe and artifacts
 <root>/runs/<run id>/...                            files kept with it
+<root>/dates/<data>.json                            the day data was first tokenized here
 """
 
 import json
@@ -183,6 +184,33 @@ class Store:
                 raise StoreError(f"the ref {entry.key} went away while it was read") from error
             found.append(Ref(recipe, inner[0].removesuffix(".json"), version))
         return found
+
+    def first_date(self, data: str) -> str | None:
+        """Return the day that data was first tokenized into this store, None when it was not.
+
+        Args:
+            data: content identity of the data.
+        """
+        found = self.backend.read_with_etag(f"dates/{check_key(data)}.json")
+        return None if found is None else str(json.loads(found[0])["date"])
+
+    def dates(self) -> dict[str, str]:
+        """Return the day of every data set on record, by its identity."""
+        keys = [entry.key for entry in self.backend.list("dates/")]
+        names = [key.removeprefix("dates/").removesuffix(".json") for key in keys]
+        found = {name: self.first_date(name) for name in names}
+        return {name: date for name, date in found.items() if date is not None}
+
+    def record_date(self, data: str, date: str) -> str:
+        """Record the day that data is first tokenized; of several runs the first one's stays.
+
+        Returns:
+            The day on record.
+        """
+        self.backend.create(f"dates/{check_key(data)}.json", json_bytes({"date": date}))
+        recorded = self.first_date(data)
+        assert recorded is not None
+        return recorded
 
     def put_run(self, run_id: str, record: dict[str, Any]) -> None:
         """Record a pipeline run, or what became of it."""

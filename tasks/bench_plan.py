@@ -111,7 +111,14 @@ def _check_opponents(benchmark: PlannedBenchmark) -> None:
         )
 
 
-def add_benchmarks(recipe: Recipe, reference: str, policy: str, store: Store, add: Add) -> None:
+def add_benchmarks(
+    recipe: Recipe,
+    reference: str,
+    policy: str,
+    store: Store,
+    add: Add,
+    dated: Mapping[str, str],
+) -> None:
     """Plan the stages of a recipe's benchmarks.
 
     Args:
@@ -120,6 +127,7 @@ def add_benchmarks(recipe: Recipe, reference: str, policy: str, store: Store, ad
         policy: the policy's artifact version.
         store: where other policies are.
         add: plans a stage from its settings and inputs, and returns its version.
+        dated: the date that prompts are rendered with, where the template writes one.
 
     Raises:
         FPOError: a pack or an opponent that is not there, or a question that cannot be scored.
@@ -133,9 +141,10 @@ def add_benchmarks(recipe: Recipe, reference: str, policy: str, store: Store, ad
                 model, f"artifact:{model}"
             )
             version = add(
-                benchmark.answers_stage(model), _generation(recipe, benchmark),
+                benchmark.answers_stage(model),
+                {**_generation(recipe, benchmark), **dated},
                 {"model": source, "questions": questions},
-            )  # fmt: skip
+            )
             role = "answers" if model == POLICY else f"answers of {model}"
             answers[role] = f"artifact:answers/{version}"
         if benchmark.is_scored(recipe):

@@ -8,7 +8,7 @@ import polars as pl
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from fpo_core.data.tokenize import ChatFormat
+from fpo_core.data.render import ChatFormat
 from fpo_core.models.load import inference_device, load_model, load_tokenizer, prepare_cpu
 from fpo_core.progress import Progress
 from storage.writer import ArtifactWriter
@@ -104,12 +104,11 @@ def _answers(
     from fpo_core.generation.transformers_backend import TransformersBackend, answer_budget
 
     settings = run.recipe.evaluation
-    chat = ChatFormat(tokenizer, run.recipe.data.template)
+    chat = run.chat_format(tokenizer)
     asked = _asked(run, chat, examples)
     if not asked:
         return []
-    end_id = examples[0].ids.chosen[-1]  # every response ends in the end-of-turn token
-    sampling = Sampling(settings.max_new_tokens, stop=(int(end_id),))
+    sampling = Sampling(settings.max_new_tokens, stop=chat.end_tokens())
     prompts = [
         Prompt(
             name, 0, settings.temperature, 0,
@@ -141,7 +140,9 @@ def _asked(
 
     questions = evaluation_questions(run.recipe)
     if questions is None:
-        chosen = examples[: run.recipe.evaluation.prompts]
+        # A side that begins with another speaker has no prompt that an answer could follow.
+        asked = [one for one in examples if all(0 not in r[:1] for r in one.ids.unscored)]
+        chosen = asked[: run.recipe.evaluation.prompts]
         return [(example.ids.pair_id, list(example.ids.prompt)) for example in chosen]
     texts = [chat.prompt_text(dialogue(question.turns, ())) for question in questions]
     names = [question.id for question in questions]

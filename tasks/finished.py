@@ -192,9 +192,11 @@ class StoredRuns:
         data, saes = named.get("data", {}), named.get("sae", {})
         sources = [saes.get("source"), *(one.get("source") for one in saes.get("also", ()))]
         names = {
-            "model": [named.get("model", {}).get("source")], "sae": sources,
-            "data.train": data.get("train", ()), "data.heldout": data.get("heldout", ()),
-        }  # fmt: skip
+            "model": [named.get("model", {}).get("source")],
+            "sae": sources,
+            "data.train": _source_names(data.get("train", ())),
+            "data.heldout": _source_names(data.get("heldout", ())),
+        }
         return {
             run.settings[key]: " + ".join(_last_part(source) for source in found)
             for key, found in names.items()
@@ -237,6 +239,13 @@ def _with_names(run: FinishedRun, called: Mapping[str, str]) -> FinishedRun:
         if key in ("model", "reference", "sae", "data.train", "data.heldout")
     }
     return run._replace(settings={**run.settings, **shown})
+
+
+def _source_names(sources: Any) -> list[str]:
+    """Return the names of data sources in a run's record: paths, objects with one, or a share."""
+    if isinstance(sources, Mapping):
+        return [f"{sources['fraction']:g} of the training prompts"]
+    return [source if isinstance(source, str) else source["path"] for source in sources]
 
 
 def _last_part(source: str) -> str:

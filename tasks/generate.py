@@ -17,7 +17,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from fpo_core.bench.model import Answers, Question
-from fpo_core.data.tokenize import ChatFormat
+from fpo_core.data.render import ChatFormat
 from fpo_core.errors import FPOError
 from fpo_core.generation.answers import END_OF_TURN, LENGTH, Backend, Generated, Sampling
 from fpo_core.generation.prompts import (
@@ -25,7 +25,6 @@ from fpo_core.generation.prompts import (
     answer_questions,
     check_prompts,
     check_questions,
-    end_tokens,
 )
 from fpo_core.models.load import inference_device, load_model, load_tokenizer, prepare_cpu
 from fpo_core.progress import Progress
@@ -75,7 +74,12 @@ def _source(run: PipelineRun, model: str) -> "AnswerSource":
     else:
         folder = local_folder(run.store.artifact(*model.split("/")), "model")
     return model_source(
-        folder, recipe.data.template, recipe.generation, recipe.model, recipe.resources
+        folder,
+        recipe.data.template,
+        recipe.generation,
+        recipe.model,
+        recipe.resources,
+        run.plan.date and run.plan.date.date,
     )
 
 
@@ -93,6 +97,7 @@ def model_source(
     settings: GenerationSettings,
     model: ModelSettings,
     resources: ResourceSettings,
+    date: str | None = None,
 ) -> AnswerSource:
     """A model folder, by transformers or vLLM.
 
@@ -102,6 +107,7 @@ def model_source(
         settings: how it answers.
         model: its dtype and attention.
         resources: threads and the budget of tokens.
+        date: for a template that writes one.
 
     Raises:
         FPOError: a tokenizer or chat template that does not serve, or vLLM is not installed.
@@ -113,8 +119,8 @@ def model_source(
     if settings.backend == "vllm":
         check_vllm()
     tokenizer = load_tokenizer(folder)
-    chat = ChatFormat(tokenizer, template)
-    sampling = Sampling(settings.max_new_tokens, settings.top_p, end_tokens(chat))
+    chat = ChatFormat(tokenizer, template, date)
+    sampling = Sampling(settings.max_new_tokens, settings.top_p, chat.end_tokens())
 
     def by_transformers() -> Backend:
         from fpo_core.generation.transformers_backend import TransformersBackend, answer_budget

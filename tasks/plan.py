@@ -5,6 +5,7 @@ and the versions of its inputs. Models, SAEs and data enter by content, never by
 is imported here: planning is quick.
 """
 
+import datetime as dt
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -12,8 +13,10 @@ from typing import Any, NamedTuple
 
 from fpo_core.data.sources.identity import Resolved, identify_data
 from fpo_core.errors import FPOError, UsageError
+from fpo_core.models.chat_template import chat_template_of, writes_date
 from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe
+from fpo_core.recipe.data import HeldoutShare, SourceSettings, TextSettings
 from fpo_core.recipe.options import objective_options
 from fpo_core.recipe.training import OptimizerSettings, TrainSettings
 from fpo_core.sae.source import declared_width, identify_sae
@@ -39,7 +42,7 @@ STAGES = tuple(ARTIFACTS)
 
 # Raise a stage's number when its code changes what it writes: old artifacts are not reused then.
 SCHEMA_VERSIONS = {
-    "instructions": 1, "sft": 1, "sae": 1, "tokenize": 1, "reference": 1, "features": 3, "train": 2,
+    "instructions": 2, "sft": 1, "sae": 1, "tokenize": 2, "reference": 1, "features": 3, "train": 2,
     "generate": 1, "benchmark": 1, "evaluate": 4,
 }  # fmt: skip
 
@@ -84,12 +87,21 @@ class StagePlan(NamedTuple):
         return set(input_artifacts(self.inputs).values())
 
 
+class TemplateDate(NamedTuple):
+    """The date that a chat template writes, where it writes one."""
+
+    date: str
+    data: str  # identity of the data whose first tokenization it is recorded under
+    is_recorded: bool  # in the store, or set in the recipe
+
+
 class Plan(NamedTuple):
     """All stages of a run, by name, and the sources that could not be resolved."""
 
     stages: dict[str, StagePlan]
     unresolved: tuple[str, ...]
     resolved: Mapping[str, Resolved] = {}  # data source -> the files that its version names
+    date: TemplateDate | None = None  # None: the template writes no date
 
     def version(self, stage: str) -> str:
         """The artifact version of a stage."""
@@ -105,13 +117,19 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
     model = identify(recipe.model.source, recipe.model.revision)
     unresolved = [] if model.resolved else [f"model {recipe.model.source}"]
     data = _Data(unresolved)
-    digests = {"train": data.digest(recipe.data.train), "heldout": data.digest(recipe.data.heldout)}
+    digests = {
+        "train": data.digest(source.path for source in recipe.data.train),
+        "heldout": data.digest(source.path for source in recipe.data.heldout_sources),
+    }
+    date = _template_date(recipe, store, _digest([model.value, *digests.values()]))
+    dated = {} if date is None else {"date": date.date}
     planner = _Planner(store)
-    reference = _warm_start(recipe, planner, model.value, data)
+    reference = _warm_start(recipe, planner, model.value, data, dated)
     saes = [_sae_input(recipe, planner, reference, data)]
     saes += [_stored_sae(other.source, unresolved) for other in recipe.sae.also]
     _check_features_fit(recipe)
-    planner.add("tokenize", _tokenize_part(recipe), {"model": model.value, **digests})
+    part = {**_tokenize_part(recipe), **dated}
+    planner.add("tokenize", part, {"model": model.value, **digests})
     inference = recipe.model.model_dump(include={"dtype", "attention"})
     inputs = {"model": reference, "pairs": planner["tokenize"]}
     planner.add("reference", inference, inputs)
@@ -127,12 +145,13 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
     planner.add(
         "train", {**_train_part(recipe.train), **attention}, {**inputs, **encoders, **caches}
     )
-    add_benchmarks(recipe, reference, planner["train"], store, planner.add)
+    add_benchmarks(recipe, reference, planner["train"], store, planner.add, dated)
     questions = evaluation_questions(recipe)
     planner.add(
         "evaluate",
         {
             **recipe.evaluation.model_dump(exclude={"questions"}),
+            **({} if questions is None else dated),
             "k": recipe.train.k,
             **attention,
         },
@@ -144,7 +163,21 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
             **({} if questions is None else {"questions": questions_digest(questions)}),
         },
     )
-    return Plan(planner.stages, tuple(unresolved), data.resolved)
+    return Plan(planner.stages, tuple(unresolved), data.resolved, date)
+
+
+def _template_date(recipe: Recipe, store: Store, data: str) -> TemplateDate | None:
+    """The date for a template that writes one: the recipe's, or that of the first tokenization."""
+    if recipe.data.template != "model":
+        return None
+    template = chat_template_of(recipe.model.source, recipe.model.revision)
+    if not writes_date(template):
+        return None
+    if recipe.data.date:
+        return TemplateDate(recipe.data.date, data, is_recorded=True)
+    recorded = store.first_date(data)
+    today = dt.datetime.now(dt.UTC).date().isoformat()
+    return TemplateDate(recorded or today, data, is_recorded=recorded is not None)
 
 
 class _Data:
@@ -186,14 +219,19 @@ class _Planner:
         return version
 
 
-def _warm_start(recipe: Recipe, planner: _Planner, model: str, data: _Data) -> str:
+def _warm_start(
+    recipe: Recipe, planner: _Planner, model: str, data: _Data, dated: Mapping[str, str]
+) -> str:
     """Identity of the reference model: the recipe's own, or what the ``sft`` stage makes of it."""
     settings = recipe.sft
     if settings is None:
         return model
     text = settings.model_dump(include={"limit", "turns", "max_length", "max_prompt_length"})
     text |= recipe.data.model_dump(include={"template", "shard_pairs"})
-    planner.add("instructions", text, {"model": model, "data": data.digest(settings.data)})
+    text |= {**_set_apart(settings, _TEXT_KEYS), **_set_apart(recipe.data, {"system"}), **dated}
+    text |= _source_options({"data": settings.data})
+    digest = data.digest(source.path for source in settings.data)
+    planner.add("instructions", text, {"model": model, "data": digest})
     part = settings.model_dump(include=set(OptimizerSettings.model_fields))
     part |= recipe.model.model_dump(include={"dtype", "attention"})
     planner.add("sft", part, {"model": model, "instructions": planner["instructions"]})
@@ -259,8 +297,29 @@ def _features_part(recipe: Recipe, number: int) -> dict[str, Any]:
 
 
 def _tokenize_part(recipe: Recipe) -> dict[str, Any]:
+    data = recipe.data
     keys = {"limit", "template", "max_length", "max_prompt_length", "shard_pairs"}
-    return recipe.data.model_dump(include=keys)
+    part = data.model_dump(include=keys)
+    part |= _set_apart(data, {*_TEXT_KEYS, "system", "pairs_per_prompt", "metadata"})
+    if isinstance(data.heldout, HeldoutShare):
+        part["heldout_fraction"] = data.heldout.fraction
+        return part | _source_options({"train": data.train})
+    return part | _source_options({"train": data.train, "heldout": data.heldout})
+
+
+# Settings that came later than the first versions: at their default they leave a version alone.
+_TEXT_KEYS = frozenset({"columns", "truncation", "truncate_answers"})
+
+
+def _set_apart(settings: TextSettings, keys: Collection[str]) -> dict[str, Any]:
+    """The settings among some that differ from their default."""
+    return settings.model_dump(mode="json", include=set(keys), exclude_defaults=True)
+
+
+def _source_options(sources: Mapping[str, Sequence[SourceSettings]]) -> dict[str, Any]:
+    """What sources set besides their paths, by the recipe's key; nothing where they set nothing."""
+    options = {name: [source.options for source in given] for name, given in sources.items()}
+    return {f"{name}_options": found for name, found in options.items() if any(found)}
 
 
 def _train_part(settings: TrainSettings) -> dict[str, Any]:

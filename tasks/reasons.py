@@ -22,6 +22,8 @@ _SECTIONS = {
 _ELSEWHERE = {
     "dtype": "model.dtype", "attention": "model.attention", "layer": "sae.layer",
     "site": "sae.site", "pinned": "train.groups", "template": "data.template",
+    "system": "data.system", "date": "data.date", "heldout_fraction": "data.heldout.fraction",
+    "train_options": "data.train", "heldout_options": "data.heldout", "data_options": "sft.data",
 }  # fmt: skip
 _DIGEST = 12
 _ABSENT = object()

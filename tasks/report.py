@@ -100,6 +100,7 @@ def gather(run: PipelineRun, outcomes: Mapping[str, Outcome]) -> RunReport:
         evaluation=f"{evaluation.stage}/{evaluation.version}",
         heldout_pairs=evaluation.manifest["stats"]["heldout_pairs"],
         heldout=pl.read_parquet(policy.path(HELDOUT)) if watched else pl.DataFrame(),
+        data=run.artifact("tokenize").manifest["stats"],
         breakdown=pl.read_parquet(evaluation.path(BREAKDOWN)) if grouped else pl.DataFrame(),
         benchmarks=tuple(
             record

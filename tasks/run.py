@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from fpo_core.data.render import ChatFormat
 from fpo_core.errors import FPOError, Preempted
 from fpo_core.judge import check_judge
 from fpo_core.memory import release_gpu_memory
@@ -124,6 +125,27 @@ class PipelineRun:
         """The recipe's model, at the very commit that the versions were made with."""
         source, revision = self.recipe.model.source, self.recipe.model.revision
         return model_folder(source, identify(source, revision).commit or revision)
+
+    def chat_format(self, tokenizer: Any) -> ChatFormat:
+        """Return the recipe's chat template with the date of this run's versions."""
+        date = self.plan.date
+        return ChatFormat(tokenizer, self.recipe.data.template, date and date.date)
+
+    def record_date(self) -> None:
+        """Record the date that the template writes, before anything is rendered with it.
+
+        Raises:
+            FPOError: another run recorded another day meanwhile.
+        """
+        date = self.plan.date
+        if date is None or date.is_recorded:
+            return
+        recorded = self.store.record_date(date.data, date.date)
+        if recorded != date.date:
+            raise FPOError(
+                f"another run first tokenized this data on {recorded}, this one planned with "
+                f"{date.date}. Run the same command again"
+            )
 
     def reference_folder(self) -> Path:
         """The reference model: what the warm start made of the recipe's model, where it has one."""

@@ -75,7 +75,7 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
     windows = token_windows(
         settings.text, load_tokenizer(folder),
         length=settings.context_length, max_tokens=settings.max_tokens,
-        hub=run.plan.resolved,
+        resolved=run.plan.resolved,
     )  # fmt: skip
     heldout = max(1, int(len(windows) * settings.heldout_share))
     check_enough((len(windows) - heldout) * (settings.context_length - SKIP_POSITIONS), settings)

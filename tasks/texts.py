@@ -5,17 +5,22 @@ else, for data sets on the hub, what is published of them. Cheap: of a big file 
 are read.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import pyarrow.parquet as pq
-
-from fpo_core.data.instructions import read_instructions
-from fpo_core.data.pairs import PreferencePair, read_pairs
+from fpo_core.data.conversations.model import Turn
+from fpo_core.data.mixture import (
+    HELDOUT,
+    TRAIN,
+    SplitSource,
+    dialogue_sources,
+    first_conversations,
+    pair_sources,
+)
 from fpo_core.data.sources.hub import hub_split
+from fpo_core.data.sources.rows import count_rows
 from fpo_core.recipe import Recipe
+from fpo_core.recipe.data import HeldoutShare, SourceSettings
 from storage.manifest import Manifest
 
 SAMPLE_ROWS = 1000
@@ -75,27 +80,25 @@ def texts_of_artifact(manifest: Manifest) -> Texts:
 
 
 def pair_texts(recipe: Recipe, split: str) -> Texts | None:
-    """The pairs of ``train`` or ``heldout``; None when nothing is known of them."""
-    sources = recipe.data.train if split == "train" else recipe.data.heldout
-    return _together(sources, read_pairs, recipe.data.limit)
+    """Return the size of the pairs of ``train`` or ``heldout``; None when nothing is known."""
+    data = recipe.data
+    texts = _together(pair_sources(data)[split], data.limit)
+    if texts is None or not isinstance(data.heldout, HeldoutShare):
+        return texts
+    share = data.heldout.fraction
+    return texts._replace(rows=round(texts.rows * (share if split == HELDOUT else 1 - share)))
 
 
 def dialogue_texts(recipe: Recipe) -> Texts | None:
-    """The warm start's dialogues."""
+    """Return the size of the warm start's dialogues."""
     settings = recipe.sft
     if settings is None:
         return None
-    return _together(
-        settings.data, lambda path: read_instructions(path, settings.turns), settings.limit
-    )
+    return _together(dialogue_sources(settings)[TRAIN], settings.limit)
 
 
-def _together(
-    sources: Sequence[str],
-    read: Callable[[str], Iterator[PreferencePair]],
-    limit: int | None,
-) -> Texts | None:
-    parts = [_of_hub(source) if hub_split(source) else _of_file(source, read) for source in sources]
+def _together(sources: Sequence[SplitSource], limit: int | None) -> Texts | None:
+    parts = [_of_source(each) for each in sources]
     known = [part for part in parts if part is not None]
     rows = sum(part.rows for part in known)
     if len(known) < len(parts) or not rows:
@@ -104,6 +107,15 @@ def _together(
     answers = sum(part.rows * part.answers for part in known) / rows
     told = "; ".join(dict.fromkeys(part.known_from for part in known))
     return Texts(min(rows, limit or rows), prompt, answers, told)
+
+
+def _of_source(each: SplitSource) -> Texts | None:
+    source = each.source
+    found = _of_hub(source.path) if hub_split(source.path) else _of_files(each)
+    if found is None:
+        return None
+    rows = round(found.rows * source.weight)
+    return found._replace(rows=min(rows, source.limit or rows))
 
 
 def _of_hub(source: str) -> Texts | None:
@@ -117,24 +129,19 @@ def _of_hub(source: str) -> Texts | None:
     )
 
 
-def _of_file(source: str, read: Callable[[str], Iterator[PreferencePair]]) -> Texts | None:
-    """From a file's first rows. A dialogue of several answers counts as one row."""
-    sample = list(islice(read(source), SAMPLE_ROWS))
+def _of_files(each: SplitSource) -> Texts | None:
+    """Estimate from a source's first rows. A dialogue of several answers counts as one row."""
+    whole = each._replace(heldout=None, source=SourceSettings(path=each.source.path))
+    sample = first_conversations([whole], {}, SAMPLE_ROWS)
     if not sample:
         return None
-    prompt = sum(len(turn["content"].encode()) for pair in sample for turn in pair.prompt)
-    answers = sum(len((pair.chosen + (pair.rejected or "")).encode()) for pair in sample)
-    rows = len(sample) if len(sample) < SAMPLE_ROWS else _count_rows(source, read)
+    prompt = sum(_num_bytes(item.prompt) for item in sample)
+    answers = sum(_num_bytes(side) for item in sample for side in item.sides)
+    rows = len(sample) if len(sample) < SAMPLE_ROWS else count_rows(each.source.path)
     scale = BYTES_A_TOKEN * len(sample)
-    return Texts(rows, prompt / scale, answers / scale,
-                 f"the data files at {BYTES_A_TOKEN} bytes a token")  # fmt: skip
+    known_from = f"the data files at {BYTES_A_TOKEN} bytes a token"
+    return Texts(rows, prompt / scale, answers / scale, known_from)
 
 
-def _count_rows(source: str, read: Callable[[str], Iterator[PreferencePair]]) -> int:
-    file = Path(source).expanduser()
-    if file.suffix.lower() == ".parquet":
-        return pq.read_metadata(file).num_rows
-    if file.suffix.lower() in (".jsonl", ".ndjson"):
-        with file.open("rb") as lines:
-            return sum(1 for line in lines if not line.isspace())
-    return sum(1 for _ in read(source))
+def _num_bytes(turns: Sequence[Turn]) -> int:
+    return sum(len(turn.content.encode(errors="replace")) for turn in turns)

@@ -1,36 +1,34 @@
 """Stages ``tokenize`` and ``instructions``: text -> token ids, for training and for `sft`."""
 
 import json
-import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from fpo_core.data.instructions import read_instructions
-from fpo_core.data.pairs import PreferencePair, read_pairs
-from fpo_core.data.tokenize import (
-    REASONS,
-    ChatFormat,
-    DroppedPair,
-    Limits,
-    TokenizedPair,
-    tokenize_pairs,
-)
-from fpo_core.errors import FPOError
+from fpo_core.data.metadata import MetadataColumns, metadata_columns
+from fpo_core.data.mixture import SplitSource, dialogue_sources, pair_sources
+from fpo_core.data.tokenization import Rules, Tokenization
+from fpo_core.data.tokenize import TokenizedPair
+from fpo_core.data.truncation import Limits
 from fpo_core.models.load import load_tokenizer
 from fpo_core.progress import Progress
-from storage.schemas import PAIRS
+from fpo_core.recipe import Recipe
+from fpo_core.recipe.data import TextSettings
+from storage.schemas import pairs_schema
 from storage.writer import ArtifactWriter
 from tasks.announce import announce
 from tasks.run import Outcome, PipelineRun, Work
 
-log = logging.getLogger("fpo.stage")
-
-NAMED_IN_ERROR = 3
+_ARROW = {
+    "string": pa.string(),
+    "int64": pa.int64(),
+    "float64": pa.float64(),
+    "bool": pa.bool_(),
+}
 
 
 @task(name="tokenize", task_run_name="tokenize", cache_policy=NO_CACHE)
@@ -47,111 +45,79 @@ def instructions(run: PipelineRun) -> Outcome:
 
 def _pairs(run: PipelineRun, writer: ArtifactWriter) -> Work:
     data = run.recipe.data
-    hub = run.plan.resolved
-    sources = {"train": data.train, "heldout": data.heldout}
-    splits = {
-        split: islice(
-            (pair for name in names for pair in read_pairs(name, hub.get(name))), data.limit
-        )
-        for split, names in sources.items()
-    }
-    return _tokenize(run, writer, splits, Limits(data.max_prompt_length, data.max_length))
+    return _tokenize(run, writer, pair_sources(data), rules_of(run.recipe, data, "data"))
 
 
 def _instructions(run: PipelineRun, writer: ArtifactWriter) -> Work:
     sft = run.recipe.sft
     assert sft is not None
-    hub = run.plan.resolved
-    every = (
-        answer for name in sft.data for answer in read_instructions(name, sft.turns, hub.get(name))
+    return _tokenize(run, writer, dialogue_sources(sft), rules_of(run.recipe, sft, "sft"))
+
+
+def rules_of(recipe: Recipe, settings: TextSettings, section: str) -> Rules:
+    """Return what a recipe says about rows that do not fit, in `data` or `sft`."""
+    limits = Limits(
+        max_prompt_length=settings.max_prompt_length,
+        max_length=settings.max_length,
+        section=section,
+        truncation=settings.truncation,
+        truncate_answers=settings.truncate_answers,
     )
-    limits = Limits(sft.max_prompt_length, sft.max_length, "sft")
-    return _tokenize(run, writer, {"train": islice(every, sft.limit)}, limits)
+    return Rules(
+        limits=limits,
+        system=recipe.data.system,
+        max_bad_share=recipe.data.max_bad_share,
+        limit=settings.limit,
+    )
 
 
 def _tokenize(
     run: PipelineRun,
     writer: ArtifactWriter,
-    splits: Mapping[str, Iterable[PreferencePair]],
-    limits: Limits,
+    splits: Mapping[str, Sequence[SplitSource]],
+    rules: Rules,
 ) -> Work:
     """Write shards of token ids, split after split, and the list of what was left out."""
-    settings = run.recipe.data
-    chat = ChatFormat(load_tokenizer(run.base_folder()), settings.template)
-    dropped: list[DroppedPair] = []
-    counts: Counter[str] = Counter()
-    tokens = answer_tokens = 0
-    train_ids: set[str] = set()
-
-    def rows() -> Iterator[dict]:
-        nonlocal tokens, answer_tokens
-        for split, pairs in splits.items():
-            exclude, before = frozenset(train_ids), len(dropped)
-            for pair in tokenize_pairs(pairs, chat, limits, exclude=exclude):
-                progress.advance(1)
-                if isinstance(pair, DroppedPair):
-                    dropped.append(pair)
-                    continue
-                if split == "train":
-                    train_ids.add(pair.pair_id)
-                counts[split] += 1
-                answers = len(pair.chosen_ids) + len(pair.rejected_ids)
-                answer_tokens += answers
-                tokens += len(pair.prompt_ids) + answers
-                yield _row(pair, split)
-            if not counts[split]:
-                raise FPOError(_nothing_left(split, dropped[before:], limits))
-
+    resolved = run.plan.resolved
+    run.record_date()
+    chat = run.chat_format(load_tokenizer(run.base_folder()))
+    work = Tokenization(chat, splits, resolved, rules)
+    metadata = metadata_columns(splits, resolved)
+    schema = pairs_schema({name: _ARROW[kind] for name, kind in metadata.stored.items()})
     with Progress(writer.stage, total=None, unit="pair") as progress:
-        finished, every = writer.finished_shards(), rows()
+        finished = writer.finished_shards()
+        rows = _rows(work, metadata, progress)
         number = 0
-        while shard := list(islice(every, settings.shard_pairs)):
+        while shard := list(islice(rows, run.recipe.data.shard_pairs)):
             if number not in finished:
-                writer.put_shard(number, {"": pa.Table.from_pylist(shard, schema=PAIRS)})
+                writer.put_shard(number, {"": pa.Table.from_pylist(shard, schema=schema)})
             number += 1
-    writer.put_bytes(
-        "dropped.jsonl",
-        "".join(json.dumps(pair._asdict()) + "\n" for pair in dropped).encode(),
-    )
-    reasons = Counter(pair.reason for pair in dropped)
-    if dropped:
-        _tell_dropped(dropped, reasons)
-    stats = {
-        "pairs": dict(counts), "dropped": dict(reasons), "tokens": tokens,
-        "answer_tokens": answer_tokens,
-    }  # fmt: skip
-    return Work(stats, tokens)
+    lines = [json.dumps(pair.as_json()) + "\n" for pair in work.dropped]
+    writer.put_bytes("dropped.jsonl", "".join(lines).encode())
+    work.report()
+    stats = work.stats()
+    return Work(stats, stats["tokens"])
 
 
-def _row(pair: TokenizedPair, split: str) -> dict:
-    # The file's name without its folder: a manifest and its tables hold no machine's paths.
+def _rows(
+    work: Tokenization, metadata: MetadataColumns, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    for split in work.splits:
+        for example in work.examples(split):
+            progress.advance(1)
+            if isinstance(example, TokenizedPair):
+                yield {**_row(example, split), **metadata.row(example.conversation.metadata)}
+
+
+def _row(pair: TokenizedPair, split: str) -> dict[str, Any]:
     return {
         "pair_id": pair.pair_id,
         "prompt_ids": pair.prompt_ids,
         "chosen_ids": pair.chosen_ids,
         "rejected_ids": pair.rejected_ids,
-        "chosen_unscored": [],
-        "rejected_unscored": [],
+        "chosen_unscored": pair.chosen_unscored,
+        "rejected_unscored": pair.rejected_unscored,
         "split": split,
-        "source": pair.where.rpartition("/")[2],
+        # The file's name without its folder: a manifest and its tables hold no machine's paths.
+        "source": pair.conversation.where.rpartition("/")[2],
     }
-
-
-def _nothing_left(split: str, dropped: list[DroppedPair], limits: Limits) -> str:
-    reasons = Counter(pair.reason for pair in dropped)
-    told = "; ".join(f"{count} because {REASONS[reason]}" for reason, count in reasons.items())
-    first = "; ".join(f"{pair.where}: {pair.detail}" for pair in dropped[:NAMED_IN_ERROR])
-    return (
-        f"no pair of the {split} split is left: {told or 'the files hold none'}. First: {first}. "
-        f"Raise {limits.section}.max_length or {limits.section}.max_prompt_length, or mend the data"
-    )
-
-
-def _tell_dropped(dropped: list[DroppedPair], reasons: Counter[str]) -> None:
-    """Say which pairs were left out; the whole list is in the artifact's dropped.jsonl."""
-    for reason, count in reasons.items():
-        log.info("%d pair%s dropped: %s", count, "s" * (count > 1), REASONS[reason])
-    for pair in dropped[:NAMED_IN_ERROR]:
-        log.info("  %s: %s", pair.where, pair.detail)
-    if len(dropped) > NAMED_IN_ERROR:
-        log.info("  ... all are listed in the artifact's dropped.jsonl")

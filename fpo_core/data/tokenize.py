@@ -1,231 +1,342 @@
-"""Tokenize preference pairs: once, here, and never from text again downstream.
+"""Tokenize conversations: once, here, and never from text again downstream.
 
 The prompt's tokens must be a true prefix of prompt + response on both sides, so that log-probs
-are of the response alone; a pair where the tokenizer merges across the boundary is dropped with
+are of the response alone. A pair where the tokenizer merges across the boundary is dropped with
 its reason, as is one that is too long, empty or without preference.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
+import numpy as np
 
-from fpo_core.data.pairs import Message, PreferencePair
+from fpo_core.data.conversations.model import ASSISTANT, SYSTEM, USER, Conversation, Turn
+from fpo_core.data.drops import DroppedPair, Unusable
+from fpo_core.data.lengths import ExampleLengths
+from fpo_core.data.render import MARK, ChatFormat
+from fpo_core.data.truncation import Cut, Limits, PromptTools, cut_pair
 from fpo_core.errors import FPOError
+from fpo_core.recipe.data import SystemRule
 
-Reason = Literal[
-    "identical", "empty", "prompt_too_long", "too_long", "boundary", "no_end", "duplicate",
-    "in_train",
-]  # fmt: skip
-REASONS: dict[str, str] = {
-    "identical": "chosen and rejected are the same",
-    "empty": "a response has no text",
-    "prompt_too_long": "the prompt is longer than max_prompt_length",
-    "too_long": "prompt and response are longer than max_length",
-    "boundary": "the tokenizer merges the prompt's end with the response's start",
-    "no_end": "the chat template writes no special token at the end of an answer",
-    "duplicate": "the same pair occurred before",
-    "in_train": "a held-out pair that is also a training pair",
-}
-
-
-_MARK = "\N{REPLACEMENT CHARACTER}"  # stands for the question where the template is split
+CHUNK = 256  # conversations per tokenizer call: the tokenizer is faster on many texts
 
 
 class TokenizedPair(NamedTuple):
     """A pair as token ids: the prompt with BOS and turn opener, responses with the end of turn.
 
-    ``rejected_ids`` is empty where there is nothing to compare with.
+    The ranges are flat, start, stop, start, stop, ..., and hold a side's tokens that are not
+    scored (other speakers' turns).
     """
 
     pair_id: str
     prompt_ids: list[int]
     chosen_ids: list[int]
-    rejected_ids: list[int]
-    where: str
+    rejected_ids: list[int]  # empty where there is nothing to compare with
+    chosen_unscored: list[int]
+    rejected_unscored: list[int]
+    conversation: Conversation
+    lengths: ExampleLengths  # before anything was cut
+
+    @property
+    def kept_lengths(self) -> ExampleLengths:
+        """Return the tokens that are kept."""
+        answers = [ids for ids in (self.chosen_ids, self.rejected_ids) if ids]
+        return ExampleLengths(len(self.prompt_ids), tuple(map(len, answers)))
 
 
-class DroppedPair(NamedTuple):
-    """A pair that was left out, and why."""
+class _Rendered(NamedTuple):
+    """The texts of one conversation. All are beginnings of a side's text."""
 
-    pair_id: str
-    reason: Reason
-    where: str
-    detail: str
-
-
-class Limits(NamedTuple):
-    """Longest prompt, and longest prompt + response, in tokens."""
-
-    max_prompt_length: int
-    max_length: int
-    section: str = "data"  # of the recipe, for messages
+    conversation: Conversation
+    prompt: str
+    sides: tuple[tuple[str, ...], ...]  # per side: opener, end, opener, end, ... of its answers
 
 
-class ChatFormat:
-    """Turns conversations into token ids with one chat template.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        template: ``model`` (the tokenizer's own) or ``halos`` (the paper's, for base models).
-
-    Raises:
-        FPOError: when the tokenizer has no chat template of its own.
-    """
-
-    def __init__(self, tokenizer: Any, template: str) -> None:
-        if template == "model" and not tokenizer.chat_template:
-            raise FPOError(
-                "the model's tokenizer has no chat template; set data.template=halos (base models)"
-            )
-        self.tokenizer = tokenizer
-        self.template = template
-
-    def prompt_text(self, prompt: tuple[Message, ...]) -> str:
-        """The prompt up to and with the opener of the assistant's turn."""
-        if self.template == "halos":
-            return self._halos(prompt) + "<|assistant|>\n"
-        return self.tokenizer.apply_chat_template(
-            list(prompt), tokenize=False, add_generation_prompt=True
-        )
-
-    def full_text(self, prompt: tuple[Message, ...], answer: str) -> str:
-        """Prompt and answer, closed by the end of turn."""
-        turns = [*prompt, {"role": "assistant", "content": answer}]
-        if self.template == "halos":
-            return self._halos(tuple(turns)) + self.tokenizer.eos_token
-        return self.tokenizer.apply_chat_template(turns, tokenize=False)
-
-    def shown_prompt(self, prompt_ids: list[int]) -> str:
-        """A prompt for people: without what the template writes around a single user's turn."""
-        text = self.tokenizer.decode(prompt_ids)
-        before, after = self.prompt_text(({"role": "user", "content": _MARK},)).split(_MARK)
-        if text.startswith(before) and text.endswith(after):
-            return text[len(before) : len(text) - len(after)].strip()
-        return self.tokenizer.decode(prompt_ids, skip_special_tokens=True).strip()
-
-    def _halos(self, turns: tuple[Message, ...]) -> str:
-        text = "\n".join(f"<|{turn['role']}|>\n{turn['content']}" for turn in turns)
-        return (
-            (self.tokenizer.bos_token or "") + text + ("\n" if turns[-1]["role"] == "user" else "")
-        )
-
-    def ids(self, texts: list[str]) -> list[list[int]]:
-        """Token ids; the template has already written the special tokens."""
-        # transformers' fails on a list of none
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-
-    def response_ids(self, prompt_ids: list[int], full_ids: list[int]) -> list[int] | None:
-        """The response's ids up to its end-of-turn token.
-
-        None where the prompt is no prefix; empty where no special token ends the answer.
-        """
-        if full_ids[: len(prompt_ids)] != prompt_ids:
-            return None
-        response = full_ids[len(prompt_ids) :]
-        special = set(self.tokenizer.all_special_ids)
-        ends = [index for index, token in enumerate(response) if token in special]
-        # Some templates write a newline after the end of turn; a model never learns past the end.
-        return response[: ends[-1] + 1] if ends else []
-
-
-def tokenize_pairs(
-    pairs: Iterable[PreferencePair],
-    chat: ChatFormat,
-    limits: Limits,
-    *,
-    exclude: frozenset[str] = frozenset(),
-    chunk: int = 256,
-) -> Iterator[TokenizedPair | DroppedPair]:
-    """Tokenize pairs, chunk by chunk (the tokenizer is faster on many texts).
-
-    Tokenized pairs keep their order; one that is dropped before tokenization may come earlier.
+class Tokenizer:
+    """Tokenizes the conversations of one split after the other.
 
     Args:
-        pairs: the pairs.
         chat: chat template and tokenizer.
         limits: length limits.
-        exclude: pair ids of the training split, which held-out pairs must not repeat.
-        chunk: pairs a tokenizer call.
+        system: what happens to a system turn that the template does not take.
+
+    Attributes:
+        notes: examples by note, keys of `NOTES`.
     """
-    seen: set[str] = set()
-    held: list[PreferencePair] = []
-    for pair in pairs:
-        reason = _refusal(pair, seen, exclude)
-        if reason:
-            yield DroppedPair(pair.pair_id, reason, pair.where, REASONS[reason])
-            continue
-        seen.add(pair.pair_id)
-        held.append(pair)
-        if len(held) == chunk:
-            yield from _tokenize_chunk(held, chat, limits)
-            held = []
-    yield from _tokenize_chunk(held, chat, limits)
+
+    def __init__(self, chat: ChatFormat, limits: Limits, system: SystemRule = "refuse") -> None:
+        chat.check_ends()
+        self.chat, self.limits, self.system = chat, limits, system
+        self.notes: Counter[str] = Counter()
+        special = {*chat.tokenizer.all_special_tokens, chat.end.strip()}
+        self._special = [token for token in special if token]
+        self._noted: set[str] = set()  # about the conversation at hand
+        self._seen: set[bytes] = set()
+        (self._end,) = chat.ids([chat.end])
+        self._asked: tuple[tuple[list[Turn], list[Any]], str] | None = None
+
+    def tokenize(
+        self, conversations: Iterable[Conversation | DroppedPair]
+    ) -> Iterator[TokenizedPair | DroppedPair]:
+        """Tokenize conversations in their order; what was dropped before passes through.
+
+        Raises:
+            FPOError: a system turn that the template does not take, with `data.system=refuse`.
+        """
+        stream = iter(conversations)
+        while chunk := list(islice(stream, CHUNK)):
+            yield from self._chunk(chunk)
+
+    def _chunk(
+        self, chunk: list[Conversation | DroppedPair]
+    ) -> Iterator[TokenizedPair | DroppedPair]:
+        rendered = [self._render(each) for each in chunk]
+        found = (each for each in rendered if isinstance(each, _Rendered))
+        texts = list(dict.fromkeys(text for each in found for text in _texts(each)))
+        ids = dict(zip(texts, self.chat.ids(texts), strict=True))
+        for each in rendered:
+            if isinstance(each, DroppedPair):
+                yield each
+                continue
+            try:
+                yield self._pair(each, [ids[text] for text in _texts(each)])
+            except Unusable as unusable:
+                prompt = len(ids[each.prompt])
+                answers = tuple(len(ids[side[-1]]) - prompt for side in each.sides)
+                lengths = ExampleLengths(prompt, answers)
+                yield _dropped(each.conversation, unusable, lengths)
+
+    def _render(self, each: Conversation | DroppedPair) -> _Rendered | DroppedPair:
+        if isinstance(each, DroppedPair):
+            return each
+        self._noted.clear()
+        try:
+            rendered = self._rendered(self._with_system_rule(each))
+        except Unusable as unusable:
+            return _dropped(each, unusable)
+        self.notes.update(self._noted)
+        return rendered
+
+    def _with_system_rule(self, given: Conversation) -> Conversation:
+        """Apply `data.system` where the template takes no system turn."""
+        first = given.prompt[0]
+        if first.role != SYSTEM or self.chat.takes_system:
+            return given
+        if self.system == "drop":
+            raise Unusable("system")
+        if self.system == "refuse":
+            raise FPOError(
+                f"{given.where}: the row has a system prompt, and the chat template takes none. "
+                f"Set data.system=fold to put it into the first user turn, or data.system=drop to "
+                f"leave such rows out"
+            )
+        place = next((n for n, turn in enumerate(given.prompt) if turn.role == USER), None)
+        if place is None:
+            raise Unusable("not_rendered", "no user turn takes the system prompt")
+        asked = given.prompt[place]
+        folded = asked._replace(content=f"{first.content}\n\n{asked.content}")
+        self._noted.add("folded")
+        prompt = (*given.prompt[1:place], folded, *given.prompt[place + 1 :])
+        return given._replace(prompt=prompt)
+
+    def _rendered(self, given: Conversation) -> _Rendered:
+        """Render the prompt and, of each side, every beginning that ends at an answer's edge."""
+        prefilled = given.prompt[-1].role == ASSISTANT and given.chosen[0].role == ASSISTANT
+        edges = [
+            self._edges(given, side, prefilled=prefilled and side[0].role == ASSISTANT)
+            for side in given.sides
+        ]
+        answered_first = all(side[0].role == ASSISTANT for side in given.sides)
+        prompt = edges[0][0] if answered_first else self.chat.render(given.prompt, given.tools)
+        for side in edges:
+            if not all(side[-1].startswith(text) for text in (prompt, *side)):
+                raise Unusable("rewritten")
+        if len({side[0] for side in edges}) > 1 and answered_first:
+            raise Unusable("rewritten")
+        self._check_rendered(given, [side[-1] for side in edges])
+        return _Rendered(given, prompt, tuple(map(tuple, edges)))
+
+    def _edges(self, given: Conversation, side: tuple[Turn, ...], *, prefilled: bool) -> list[str]:
+        """Return the beginnings of a side's text at the start and the end of each answer."""
+        turns = list(given.prompt)
+        if prefilled:
+            turns, side = turns[:-1], (_continued(given.prompt[-1], side[0]), *side[1:])
+        edges: list[str] = []
+        whole = self.chat.up_to_end(self.chat.render([*turns, *side], given.tools))
+        for place, turn in enumerate(side):
+            if turn.role == ASSISTANT:
+                before = [*turns, *side[:place]]
+                if prefilled and place == 0:
+                    start = self.chat.render(given.prompt, given.tools, continued=True)
+                else:
+                    start = self._start(before, given.tools, whole)
+                last = place == len(side) - 1
+                edges += [start, whole if last else self._stop(start, before, turn, given, whole)]
+        return edges
+
+    def _stop(
+        self, start: str, before: Sequence[Turn], turn: Turn, given: Conversation, whole: str
+    ) -> str:
+        """Return the text up to the end of an answer that other turns follow."""
+        answered = self.chat.up_to_end(self.chat.render([*before, turn], given.tools))
+        if whole.startswith(answered):
+            return answered
+        # Some templates end only the last turn: the answer's own text is all there is.
+        return start + turn.content.rstrip()
+
+    def _start(self, before: Sequence[Turn], tools: Sequence[Any], whole: str) -> str:
+        """Return the text before an answer, with the assistant's opener."""
+        asked = self._opened(before, tools)
+        if whole.startswith(asked):
+            return asked
+        # Some templates open a thought for generation, which an answered conversation has not.
+        plain = self.chat.render(before, tools) + self.chat.opener
+        if not whole.startswith(plain):
+            raise Unusable("rewritten")
+        self._noted.add("opener")
+        return plain
+
+    def _opened(self, before: Sequence[Turn], tools: Sequence[Any]) -> str:
+        """Render turns with the assistant's opener; both sides ask for the same prompt."""
+        key = (list(before), list(tools))
+        if self._asked is None or self._asked[0] != key:
+            self._asked = key, self.chat.render(before, tools, opener=True)
+        return self._asked[1]
+
+    def _check_rendered(self, given: Conversation, texts: list[str]) -> None:
+        """Raise where the template leaves out what changes the prompt or an answer."""
+        for turn in given.prompt:
+            if turn.role in (SYSTEM, USER) and turn.content.strip() not in texts[0]:
+                raise Unusable("not_rendered", f"the chat template leaves out a {turn.role} turn")
+        if given.tools and texts[0] == self.chat.up_to_end(
+            self.chat.render([*given.prompt, *given.chosen])
+        ):
+            raise Unusable("not_rendered", "the chat template does not render `tools`")
+        for side, text in zip(given.sides, texts, strict=True):
+            self._check_extras(given, side, text)
+            if any(turn.content.strip() not in text for turn in side):
+                self._noted.add("answer_shortened")
+            if side[-1].content.rstrip().endswith(self.chat.end.strip()):
+                self._noted.add("doubled_end")
+        written = [turn.content for turn in given.prompt]
+        written += [turn.content for side in given.sides for turn in side]
+        if any(token in content for content in written for token in self._special):
+            self._noted.add("special_tokens")
+
+    def _check_extras(self, given: Conversation, side: tuple[Turn, ...], text: str) -> None:
+        """Raise where tool calls or reasoning are not rendered.
+
+        Templates may leave out the reasoning of earlier turns, as their models are used.
+        """
+        turns = [*given.prompt, *side]
+        for place, turn in enumerate(turns):
+            for name, _ in turn.extra:
+                if name in ("name", "tool_call_id"):
+                    continue
+                if name != "tool_calls" and place < len(given.prompt):
+                    continue
+                rest = tuple(item for item in turn.extra if item[0] != name)
+                without = [*turns[:place], turn._replace(extra=rest), *turns[place + 1 :]]
+                if self._renders_as(without, given.tools, text):
+                    raise Unusable("not_rendered", f"the chat template does not render `{name}`")
+
+    def _renders_as(self, turns: list[Turn], tools: Sequence[Any], text: str) -> bool:
+        try:
+            return self.chat.up_to_end(self.chat.render(turns, tools)) == text
+        except Unusable:
+            return False  # the template needs what was left out
+
+    def _pair(self, rendered: _Rendered, ids: list[list[int]]) -> TokenizedPair:
+        prompt, *rest = ids
+        answers: list[list[int]] = []
+        unscored: list[list[int]] = []
+        for side in rendered.sides:
+            edges, rest = rest[: len(side)], rest[len(side) :]
+            whole = edges[-1]
+            if any(whole[: len(edge)] != edge for edge in (prompt, *edges)):
+                raise Unusable("boundary")
+            answers.append(whole[len(prompt) :])
+            unscored.append(_unscored([len(edge) - len(prompt) for edge in edges]))
+        if len(answers) == 2 and answers[0] == answers[1]:
+            raise Unusable("identical", "chosen and rejected have the same tokens")
+        if not all(answers):
+            raise Unusable("no_end")
+        tools = PromptTools(encode=self._prompt_ids, around=self._around)
+        pair = Cut(prompt, answers, unscored)
+        cut = cut_pair(pair, rendered.conversation, self.limits, self._end, tools)
+        self._note_cut(cut, prompt, answers)
+        self._check_duplicate(cut)
+        lengths = ExampleLengths(len(prompt), tuple(map(len, answers)))
+        return _tokenized(rendered.conversation, cut, lengths)
+
+    def _note_cut(self, cut: Cut, prompt: list[int], answers: list[list[int]]) -> None:
+        self.notes["prompt_cut"] += cut.prompt != prompt
+        self.notes["answer_cut"] += cut.answers != answers
+
+    def _check_duplicate(self, cut: Cut) -> None:
+        digest = hashlib.blake2b(digest_size=16)
+        for ids in (cut.prompt, *cut.answers):
+            digest.update(np.array([len(ids), *ids], dtype=np.int64).tobytes())
+        key = digest.digest()
+        if key in self._seen:
+            raise Unusable("duplicate")
+        self._seen.add(key)
+
+    def _prompt_ids(self, turns: Sequence[Turn], tools: Sequence[Any]) -> list[int]:
+        (ids,) = self.chat.ids([self.chat.render(turns, tools, opener=True)])
+        return ids
+
+    def _around(self, turns: Sequence[Turn], tools: Sequence[Any]) -> tuple[list[int], list[int]]:
+        """Return the token ids before and after the text of a prompt's last turn."""
+        marked = [*turns[:-1], turns[-1]._replace(content=MARK)]
+        before, _, after = self.chat.render(marked, tools, opener=True).rpartition(MARK)
+        ids = self.chat.ids([before, after])
+        return ids[0], ids[1]
 
 
-def _refusal(pair: PreferencePair, seen: set[str], exclude: frozenset[str]) -> Reason | None:
-    if pair.chosen == pair.rejected:
-        return "identical"
-    if not pair.chosen.strip() or (pair.rejected is not None and not pair.rejected.strip()):
-        return "empty"
-    if pair.pair_id in seen:
-        return "duplicate"
-    return "in_train" if pair.pair_id in exclude else None
+def _texts(rendered: _Rendered) -> list[str]:
+    return [rendered.prompt, *(text for side in rendered.sides for text in side)]
 
 
-def _tokenize_chunk(
-    pairs: list[PreferencePair], chat: ChatFormat, limits: Limits
-) -> Iterator[TokenizedPair | DroppedPair]:
-    if not pairs:
-        return
-    try:
-        yield from _templated(pairs, chat, limits)
-    except TemplateError as error:
-        first, last = pairs[0].where, pairs[-1].where
-        raise FPOError(
-            f"the chat template refuses a conversation between {first} and {last}: {error}. Set "
-            f"data.template=halos, or leave out what the template does not know (a system turn, "
-            f"say)"
-        ) from error
+def _continued(partial: Turn, rest: Turn) -> Turn:
+    return rest._replace(content=partial.content + rest.content)
 
 
-def _templated(
-    pairs: list[PreferencePair], chat: ChatFormat, limits: Limits
-) -> Iterator[TokenizedPair | DroppedPair]:
-    prompts = chat.ids([chat.prompt_text(pair.prompt) for pair in pairs])
-    chosen = chat.ids([chat.full_text(pair.prompt, pair.chosen) for pair in pairs])
-    compared = [(p.prompt, p.rejected) for p in pairs if p.rejected is not None]
-    rejected = iter(chat.ids([chat.full_text(prompt, answer) for prompt, answer in compared]))
-    for pair, prompt_ids, chosen_ids in zip(pairs, prompts, chosen, strict=True):
-        sides = [chosen_ids] if pair.rejected is None else [chosen_ids, next(rejected)]
-        yield _cut(pair, prompt_ids, sides, chat, limits)
+def _unscored(edges: list[int]) -> list[int]:
+    """Return the ranges between answers, from the edges of the answers in a side's ids."""
+    ranges: list[int] = []
+    before = 0
+    for start, stop in zip(edges[::2], edges[1::2], strict=True):
+        if start > before:
+            ranges += [before, start]
+        before = stop
+    return ranges
 
 
-def _cut(
-    pair: PreferencePair,
-    prompt_ids: list[int],
-    sides: list[list[int]],
-    chat: ChatFormat,
-    limits: Limits,
-) -> TokenizedPair | DroppedPair:
-    def drop(reason: Reason, detail: str) -> DroppedPair:
-        return DroppedPair(pair.pair_id, reason, pair.where, detail)
+def _tokenized(given: Conversation, cut: Cut, lengths: ExampleLengths) -> TokenizedPair:
+    compared = len(cut.answers) == 2
+    return TokenizedPair(
+        pair_id=given.pair_id,
+        prompt_ids=cut.prompt,
+        chosen_ids=cut.answers[0],
+        rejected_ids=cut.answers[1] if compared else [],
+        chosen_unscored=cut.unscored[0],
+        rejected_unscored=cut.unscored[1] if compared else [],
+        conversation=given,
+        lengths=lengths,
+    )
 
-    if len(prompt_ids) > limits.max_prompt_length:
-        return drop(
-            "prompt_too_long",
-            f"the prompt has {len(prompt_ids)} tokens, {limits.section}.max_prompt_length is "
-            f"{limits.max_prompt_length}",
-        )
-    responses = [chat.response_ids(prompt_ids, full) for full in sides]
-    found = [response for response in responses if response is not None]
-    if len(found) < len(responses):
-        return drop("boundary", REASONS["boundary"])
-    if not all(found):
-        return drop("no_end", REASONS["no_end"])
-    longest = len(prompt_ids) + max(map(len, found))
-    if longest > limits.max_length:
-        given = f"{limits.section}.max_length is {limits.max_length}"
-        return drop("too_long", f"{longest} tokens, {given}")
-    chosen, rejected = found if len(found) == 2 else (found[0], [])
-    return TokenizedPair(pair.pair_id, prompt_ids, chosen, rejected, pair.where)
+
+def _dropped(
+    given: Conversation, unusable: Unusable, lengths: ExampleLengths | None = None
+) -> DroppedPair:
+    return DroppedPair(
+        pair_id=given.pair_id,
+        reason=unusable.reason,
+        where=given.where,
+        detail=unusable.detail,
+        lengths=lengths,
+    )

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from fpo_core.data.pairs import Message
+from fpo_core.data.conversations.model import Message
 
 END_OF_TURN, LENGTH = "end of turn", "length"
 # Of the finish reasons of OpenAI's API, which vLLM has, too; others stay as they are.

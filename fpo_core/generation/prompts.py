@@ -5,11 +5,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from jinja2 import TemplateError
-
 from fpo_core.bench.model import Question
-from fpo_core.data.pairs import Message
-from fpo_core.data.tokenize import ChatFormat
+from fpo_core.data.conversations.model import Message
+from fpo_core.data.render import ChatFormat
 from fpo_core.errors import FPOError
 from fpo_core.generation.answers import Backend, Generated, Prompt, prompt_seed
 
@@ -89,24 +87,6 @@ def dialogue(asked: Sequence[str], said: Sequence[str]) -> tuple[Message, ...]:
     return (*messages, {"role": "user", "content": asked[len(said)]})
 
 
-def end_tokens(chat: ChatFormat) -> tuple[int, ...]:
-    """The token ids that end an answer: the template's end of turn, and the tokenizer's EOS.
-
-    Raises:
-        FPOError: the template writes no special token at the end of an answer.
-    """
-    question: tuple[Message, ...] = ({"role": "user", "content": "a"},)
-    prompt, full = chat.ids([chat.prompt_text(question), chat.full_text(question, "b")])
-    answer = chat.response_ids(prompt, full)
-    if not answer:
-        raise FPOError(
-            "the chat template writes no special token at the end of an answer, so no answer would "
-            "end; take another template (data.template)"
-        )
-    eos = chat.tokenizer.eos_token_id
-    return (answer[-1],) if eos in (None, answer[-1]) else (answer[-1], eos)
-
-
 def check_questions(questions: Sequence[Question]) -> None:
     """Refuse questions that cannot be told apart, or that ask nothing.
 
@@ -180,10 +160,8 @@ def _check_bos(questions: Sequence[Question], chat: ChatFormat) -> None:
 def _text(chat: ChatFormat, question: Question, messages: tuple[Message, ...]) -> str:
     try:
         return chat.prompt_text(messages)
-    except TemplateError as error:
-        raise FPOError(
-            f"question {question.id!r}: the chat template refuses it: {error}"
-        ) from error
+    except FPOError as error:
+        raise FPOError(f"question {question.id!r}: {error}") from error
 
 
 def _refuse(names: Sequence[str], what: str) -> None:

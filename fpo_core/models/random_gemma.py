@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fpo_core.data.tokenize import ChatFormat
+from fpo_core.data.conversations.model import ASSISTANT, USER, Turn
+from fpo_core.data.render import ChatFormat
 from fpo_core.errors import FPOError
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.hooks import activations_at
@@ -169,7 +170,9 @@ def save_params(folder: Path, arrays: dict[str, np.ndarray]) -> None:
 def _rows(tokenizer: Any) -> Tensor:
     """Answers of the quickstart's, as token ids [rows, WINDOW]."""
     chat = ChatFormat(tokenizer, "halos")
-    texts = [chat.full_text(({"role": "user", "content": p},), c) for p, c, _ in _pairs()]
+    texts = [
+        chat.render([Turn(USER, prompt), Turn(ASSISTANT, chosen)]) for prompt, chosen, _ in _pairs()
+    ]
     return torch.tensor([ids[:WINDOW] for ids in chat.ids(texts) if len(ids) >= WINDOW])
 
 

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from fpo_core.recipe.base import Count, NonNegative, Settings
+from fpo_core.recipe.base import Count, NonNegative, Seed, Settings
 
 
 class GenerationSettings(Settings):
@@ -27,7 +27,7 @@ class GenerationSettings(Settings):
         default=1.0,
         description="sample from the smallest set of likeliest tokens that has this probability",
     )
-    seed: int = Field(default=0, description="of which each answer's own seed is derived")
+    seed: Seed = Field(default=0, description="of which each answer's own seed is derived")
     shard_questions: Count = Field(
         default=64, description="questions a shard: what a killed run has to answer again at most"
     )

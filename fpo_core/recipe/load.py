@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fpo_core.errors import RecipeError
+from fpo_core.recipe.data import UNION_TAGS
 from fpo_core.recipe.schema import Recipe
 
 # The checkout's recipes/, beside the packages (the project is installed in place).
@@ -143,7 +144,7 @@ def _yaml_fault(error: Exception) -> str:
 def _explain(path: Path, error: ValidationError) -> str:
     lines = []
     for fault in error.errors():
-        place = [str(part) for part in fault["loc"]]
+        place = [str(part) for part in fault["loc"] if part not in UNION_TAGS]
         key = ".".join(place)
         if fault["type"] == "extra_forbidden":
             allowed = valid_keys(place[:-1])

@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from fpo_core.hookpoint import Hookpoint, Site
-from fpo_core.recipe.base import Count, NonNegative, Positive, Settings
+from fpo_core.recipe.base import Count, NonNegative, Positive, Seed, Settings
 from fpo_core.recipe.benchmarks import BenchmarkSettings
+from fpo_core.recipe.data import DataSettings
 from fpo_core.recipe.generation import GenerationSettings
 from fpo_core.recipe.judge import JudgeSettings
 from fpo_core.recipe.training import SftSettings, TrainSettings
@@ -28,26 +29,6 @@ class ModelSettings(Settings):
     attention: Literal["eager", "sdpa"] = Field(
         default="sdpa", description="attention implementation; Gemma-2 soft-caps its logits: eager"
     )
-
-
-class DataSettings(Settings):
-    """Preference data and how it becomes tokens."""
-
-    train: tuple[str, ...] = Field(
-        description="files (JSON, JSONL, Parquet), or splits of hub datasets: "
-        "OWNER/NAME[@REVISION]:[CONFIG:]SPLIT"
-    )
-    heldout: tuple[str, ...] = Field(description="the same, for held-out pairs")
-    limit: Count | None = Field(
-        default=None, description="use at most this many pairs of each split"
-    )
-    template: Literal["model", "halos"] = Field(
-        default="model",
-        description="chat template: the model's own, or the paper's for base models",
-    )
-    max_length: Count = Field(default=2048, description="longest prompt + response, in tokens")
-    max_prompt_length: Count = Field(default=1024, description="longest prompt, in tokens")
-    shard_pairs: Count = Field(default=512, description="pairs a shard")
 
 
 class SaeTextSettings(Settings):
@@ -80,7 +61,7 @@ class SaeTrainSettings(Settings):
     batch_tokens: Count = Field(default=4096, description="activations a step")
     lr: Positive = Field(description="peak learning rate, decayed to zero over the last fifth")
     warmup_steps: int = Field(default=200, ge=0, description="linear warm-up")
-    seed: int = Field(default=0, description="order of activations and initial weights")
+    seed: Seed = Field(default=0, description="order of activations and initial weights")
 
 
 Offload = Literal["none", "optimizer", "all"]
@@ -182,7 +163,7 @@ class EvaluationSettings(Settings):
     max_new_tokens: Count = Field(default=64, description="longest sampled answer")
     temperature: NonNegative = Field(default=0.7, description="0 is greedy")
     bootstrap: Count = Field(default=2000, description="bootstrap resamples for the intervals")
-    seed: int = 0
+    seed: Seed = 0
 
 
 class MonitorSettings(Settings):

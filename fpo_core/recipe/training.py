@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fpo_core.recipe.base import Count, NonNegative, Positive, Settings
+from fpo_core.recipe.base import Count, NonNegative, Positive, Seed, Settings
+from fpo_core.recipe.data import Sources, TextSettings, one_source, some_source
 from fpo_core.recipe.methods import METHODS
 
 ZeroStage = Literal[0, 1, 2, 3]
@@ -49,7 +50,7 @@ class OptimizerSettings(Settings):
     max_grad_norm: Positive = Field(default=10.0, description="gradient clipping")
     activation_checkpointing: bool = False
     zero_stage: ZeroStage = Field(default=0, description="DeepSpeed ZeRO stage")
-    seed: int = Field(default=0, description="data order")
+    seed: Seed = Field(default=0, description="data order")
     bucket_batches: Count = Field(
         default=8,
         description="batches that are drawn together and dealt by length, which saves padding; 1 "
@@ -60,25 +61,28 @@ class OptimizerSettings(Settings):
     )
 
 
-class SftSettings(OptimizerSettings):
+class SftSettings(OptimizerSettings, TextSettings):
     """A supervised warm start: the model it makes is reference and starting point of the policy."""
 
-    data: tuple[str, ...] = Field(
-        min_length=1,
-        description="files or hub datasets of dialogues (`messages`, `conversations`), "
-        "instructions (instruction/input/output), prompt and completion, or preference pairs, "
-        "whose chosen side is learnt",
+    data: Sources = Field(
+        description="sources of dialogues (`messages`, `conversations`), instructions "
+        "(instruction/input/output), prompt and completion, or preference pairs, whose chosen side "
+        "is learnt; paths, or {path, weight, limit, columns}",
     )
     limit: Count | None = Field(default=None, description="use at most this many dialogues")
     turns: Literal["last", "all"] = Field(
         default="last", description="which answers of a dialogue are learnt, each as one example"
     )
-    max_length: Count = Field(default=2048, description="longest prompt + answer, in tokens")
-    max_prompt_length: Count = Field(default=1536, description="longest prompt, in tokens")
+    max_prompt_length: Count | None = Field(
+        default=1536, description="longest prompt, in tokens; null: no limit but max_length"
+    )
     lr: Positive = Field(default=2e-5, description="peak learning rate")
     schedule: Literal["constant", "cosine", "linear"] = Field(
         default="cosine", description="learning rate after the warm-up"
     )
+
+    _one_source = field_validator("data", mode="before")(one_source)
+    _not_empty = field_validator("data")(some_source)
 
 
 class TrainSettings(OptimizerSettings):

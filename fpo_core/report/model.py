@@ -117,3 +117,4 @@ class RunReport:
     heldout: pl.DataFrame = field(default_factory=pl.DataFrame)  # a row a measurement in training
     benchmarks: tuple[Mapping[str, Any], ...] = ()  # records of `scores.json`
     breakdown: pl.DataFrame = field(default_factory=pl.DataFrame)  # metrics by metadata group
+    data: Mapping[str, Any] = field(default_factory=dict)  # statistics of the `pairs` artifact

@@ -17,6 +17,7 @@ from fpo_core.report import palette, view
 from fpo_core.report.benchmarks import contest_table
 from fpo_core.report.breakdown import FIGURE_NAMES, Section, sections
 from fpo_core.report.charts import CHART_NAMES, Drawn, Figure, draw
+from fpo_core.report.data import LENGTHS, DataSection, data_section
 from fpo_core.report.findings import headline
 from fpo_core.report.heldout import heldout_figures
 from fpo_core.report.human import printable
@@ -39,14 +40,16 @@ def render(report: RunReport, out_dir: Path) -> Path:
     drawn = draw(report)
     watched = heldout_figures(report.heldout)
     groups = sections(report)
-    html = _page(report, drawn, watched, groups)
+    data = data_section(report.data)
+    html = _page(report, drawn, watched, groups, data)
     charts = out_dir / "charts"
     charts.mkdir(parents=True, exist_ok=True)
     by_group = [section.figure for section in groups if section.figure]
-    every = (*drawn.curves, *drawn.features, *watched, *by_group)
+    lengths = [data.figure] if data and data.figure else []
+    every = (*drawn.curves, *drawn.features, *watched, *by_group, *lengths)
     figures = {figure.name: figure.png for figure in every}
     earlier = [path.stem for path in charts.glob(f"{FIGURE_NAMES}*.png")]
-    for name in dict.fromkeys((*CHART_NAMES, *earlier, *figures)):
+    for name in dict.fromkeys((*CHART_NAMES, LENGTHS, *earlier, *figures)):
         path = charts / f"{name}.png"
         if name in figures:
             replace_file(path, figures[name])
@@ -58,7 +61,11 @@ def render(report: RunReport, out_dir: Path) -> Path:
 
 
 def _page(
-    report: RunReport, drawn: Drawn, watched: tuple[Figure, ...], groups: tuple[Section, ...]
+    report: RunReport,
+    drawn: Drawn,
+    watched: tuple[Figure, ...],
+    groups: tuple[Section, ...],
+    data: DataSection | None,
 ) -> str:
     clear, compared = view.clear_changes(report)
     return (
@@ -72,6 +79,7 @@ def _page(
             created=view.created_text(report.created),
             benchmarks=[contest_table(record) for record in report.benchmarks],
             breakdown=groups,
+            data=data,
             metrics=[view.metric_view(metric) for metric in report.metrics],
             clear=clear,
             compared=compared,

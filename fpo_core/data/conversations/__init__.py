@@ -1,0 +1,1 @@
+"""Conversations: the one inner form that every shape of data is read into."""

@@ -1,0 +1,53 @@
+"""Dialogues written as one text with role markers, as in HH-RLHF and Nectar."""
+
+import re
+
+from fpo_core.data.conversations.model import ASSISTANT, SYSTEM, USER, Turn
+from fpo_core.data.drops import Unusable
+
+# At the start of the text, or after a blank line.
+_MARKER = re.compile(r"(?:\A\s*|\n[ \t\r]*\n[ \t]*)(Human|Assistant|System):")
+_START = re.compile(r"\s*(Human|System):")
+_ROLES = {"Human": USER, "Assistant": ASSISTANT, "System": SYSTEM}
+
+
+def is_dialogue(text: str) -> bool:
+    """Return whether a text is a whole dialogue: it begins with a marked turn."""
+    return bool(_START.match(text)) and "Assistant:" in text
+
+
+def dialogue_turns(text: str) -> list[Turn]:
+    """Read the turns of a marked text.
+
+    A marker stands at the start of the text or after a blank line. The last turn may be empty:
+    a prompt ends with `Assistant:` and nothing after it.
+
+    Raises:
+        Unusable: the text has no markers.
+    """
+    found = list(_MARKER.finditer(text))
+    if not found:
+        raise Unusable("shape", "a text has no Human: and Assistant: turns")
+    ends = [match.start() for match in found[1:]] + [len(text)]
+    return [
+        Turn(_ROLES[match[1]], text[match.end() : end].strip())
+        for match, end in zip(found, ends, strict=True)
+    ]
+
+
+def prompt_turns(text: str) -> list[Turn]:
+    """Read the turns of a prompt in marked text; the opener of the answer is left off."""
+    turns = dialogue_turns(text)
+    if turns[-1].role == ASSISTANT and not turns[-1].content:
+        turns.pop()
+    return turns
+
+
+def spaces_answers(text: object) -> bool:
+    """Return whether a prompt ends in a bare `Assistant:`, whose space the answers begin with."""
+    return isinstance(text, str) and is_dialogue(text) and text.endswith("\n\nAssistant:")
+
+
+def unspaced(turn: Turn) -> Turn:
+    """Return an answer without the space that belongs to the marker before it, as in rm-static."""
+    return turn._replace(content=turn.content.removeprefix(" "))

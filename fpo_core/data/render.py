@@ -1,0 +1,221 @@
+"""Render conversations with a chat template, and turn the text into token ids.
+
+What the template writes around an answer (its opener, its end of turn) is found by rendering a
+marked conversation. Lists of special tokens do not tell: some tokenizers leave the end of turn
+out of theirs, and some templates end a turn with plain text.
+"""
+
+import datetime as dt
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateError
+
+from fpo_core.data.conversations.model import ASSISTANT, SYSTEM, USER, Message, Turn
+from fpo_core.data.drops import Unusable
+from fpo_core.errors import FPOError
+
+log = logging.getLogger("fpo.data")
+
+MARK = "\N{REPLACEMENT CHARACTER}"  # stands for a text where the template is taken apart
+_DIRECTIVES = "aAwdbBmyYHIpMSfzZjUWcxXGuV"  # of strftime, on every platform
+# What a template's own code can raise on a conversation that it does not expect.
+_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
+class ChatFormat:
+    """Turns conversations into token ids with one chat template.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        template: `model` (the tokenizer's own) or `halos` (the paper's, for base models).
+        date: the date that a template which writes one gets, YYYY-MM-DD; None: today.
+
+    Raises:
+        FPOError: the tokenizer lacks a chat template, or the end-of-sequence token that `halos`
+            writes.
+    """
+
+    def __init__(self, tokenizer: Any, template: str, date: str | None = None) -> None:
+        if template == "model" and not tokenizer.chat_template:
+            raise FPOError(
+                "the model's tokenizer has no chat template; set data.template=halos (base models)"
+            )
+        if template == "halos" and tokenizer.eos_token is None:
+            raise FPOError(
+                "data.template=halos ends answers with the tokenizer's eos_token, and this "
+                "tokenizer has none. Set it in the model folder's tokenizer_config.json"
+            )
+        self.tokenizer = tokenizer
+        self.template = template
+        self._date = dt.date.fromisoformat(date) if date else None
+
+    def render(
+        self,
+        turns: Sequence[Turn],
+        tools: Sequence[Any] = (),
+        *,
+        opener: bool = False,
+        continued: bool = False,
+    ) -> str:
+        """Render turns as the template does.
+
+        Args:
+            turns: the conversation.
+            tools: tool descriptions for the template.
+            opener: end with the opener of an assistant turn.
+            continued: leave the last turn open, as a partial answer.
+
+        Raises:
+            Unusable: the template refuses the conversation.
+        """
+        messages = [turn.message for turn in turns]
+        if self.template == "halos":
+            text = self._halos(messages, closed=not continued)
+            return text + "<|assistant|>\n" if opener else text
+        described = list(tools) or None
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=described,
+                chat_template=self._dated_template(described),
+                tokenize=False,
+                add_generation_prompt=opener,
+                continue_final_message=continued,
+            )
+        except _FAULTS as error:
+            kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+            raise Unusable("template", f"the chat template refuses it: {kind}{error}") from error
+
+    def prompt_text(self, prompt: Sequence[Message]) -> str:
+        """Return a prompt up to and with the opener of the assistant's turn, for generation.
+
+        Raises:
+            FPOError: the template refuses the conversation.
+        """
+        turns = [Turn(message["role"], message["content"]) for message in prompt]
+        try:
+            return self.render(turns, opener=True)
+        except Unusable as unusable:
+            raise FPOError(unusable.detail) from unusable
+
+    def shown_prompt(self, prompt_ids: list[int]) -> str:
+        """Return a prompt for people: without what the template writes around one user turn."""
+        text = self.tokenizer.decode(prompt_ids)
+        before, after = self.prompt_text([{"role": USER, "content": MARK}]).split(MARK)
+        if text.startswith(before) and text.endswith(after):
+            return text[len(before) : len(text) - len(after)].strip()
+        return self.tokenizer.decode(prompt_ids, skip_special_tokens=True).strip()
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """Return token ids; the template has already written the special tokens."""
+        # transformers' tokenizers fail on an empty list.
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    @cached_property
+    def _answered(self) -> tuple[str, str, str]:
+        """A marked conversation: before the answer, without the answer, and after it."""
+        question, answer = Turn(USER, "a"), Turn(ASSISTANT, MARK)
+        before, _, after = self.render([question, answer]).rpartition(MARK)
+        return before, self.render([question]), after
+
+    @cached_property
+    def opener(self) -> str:
+        """What an answered conversation has between the prompt and the answer."""
+        before, prompt, _ = self._answered
+        return before[len(prompt) :] if before.startswith(prompt) else ""
+
+    @cached_property
+    def end(self) -> str:
+        """What the template writes after an answer, up to the end of the turn."""
+        return self._answered[2].rstrip()
+
+    @cached_property
+    def tail(self) -> str:
+        """White space after the end of the turn; a model never learns past the end."""
+        after = self._answered[2]
+        return after[len(after.rstrip()) :]
+
+    def up_to_end(self, text: str) -> str:
+        """Return a rendered text up to the end of its last turn."""
+        return text[: len(text) - len(self.tail)] if text.endswith(self.tail) else text
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the template renders a system turn."""
+        try:
+            return MARK in self.render([Turn(SYSTEM, MARK), Turn(USER, "a")])
+        except Unusable:
+            return False
+
+    def end_tokens(self) -> tuple[int, ...]:
+        """Return the token ids that end an answer: the end of turn, and the tokenizer's EOS.
+
+        Raises:
+            FPOError: the template writes nothing after an answer.
+        """
+        self.check_ends()
+        (ids,) = self.ids([self.end])
+        eos = self.tokenizer.eos_token_id
+        if len(ids) > 1 and ids[-1] not in self.tokenizer.all_special_ids:
+            if eos is None:
+                raise FPOError(
+                    f"the chat template ends an answer with {self.end!r}, which this tokenizer "
+                    f"splits into {len(ids)} tokens, and it has no eos_token. Add the end of turn "
+                    f"to its special tokens"
+                )
+            log.warning(
+                "the chat template ends an answer with %r, which is no token of this tokenizer: "
+                "answers end at eos_token %r only",
+                self.end,
+                self.tokenizer.eos_token,
+            )
+            return (eos,)
+        return (ids[-1],) if eos in (None, ids[-1]) else (ids[-1], eos)
+
+    def check_ends(self) -> None:
+        """Raise where no answer would ever end.
+
+        Raises:
+            FPOError: the template writes nothing after an answer.
+        """
+        try:
+            end = self.end
+        except Unusable as unusable:
+            raise FPOError(unusable.detail) from unusable
+        if not end:
+            raise FPOError(
+                "the chat template writes nothing after an answer, so that no answer would end. "
+                "Use another template (data.template)"
+            )
+
+    def _dated_template(self, tools: Sequence[Any] | None) -> str | None:
+        """Return the template with the date pinned, None where no date was given."""
+        if self._date is None:
+            return None
+        return pinned_date(self._date) + self.tokenizer.get_chat_template(tools=tools)
+
+    def _halos(self, messages: Sequence[Message], *, closed: bool) -> str:
+        text = "\n".join(f"<|{turn['role']}|>\n{turn['content']}" for turn in messages)
+        answered = bool(messages) and messages[-1]["role"] == ASSISTANT
+        ending = (self.tokenizer.eos_token if closed else "") if answered else "\n"
+        return (self.tokenizer.bos_token or "") + text + ending
+
+
+def pinned_date(date: dt.date) -> str:
+    """Return the beginning of a chat template in which `strftime_now` tells a fixed date.
+
+    transformers hands no functions to templates, so it is a macro of the template itself. The
+    time of day is midnight.
+    """
+    moment = dt.datetime.combine(date, dt.time())
+    replaced = "".join(
+        f"|replace('%{letter}', '{moment.strftime(f'%{letter}')}')" for letter in _DIRECTIVES
+    )
+    replaced += "|replace('%%', '%')"
+    # The empty expression keeps a line break that the template begins with.
+    return (
+        f"{{%- macro strftime_now(form) -%}}{{{{ form{replaced} }}}}{{%- endmacro %}}{{{{ '' }}}}"
+    )
