@@ -31,7 +31,16 @@ AsParquet = Annotated[
         help="Write the table there instead; - for stdout.",
     ),
 ]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where",
+        metavar="NAME=VALUE",
+        help="Only pairs with this metadata; also !=, <, <=, >, >=. Repeatable: all must hold.",
+    ),
+]
 SHADES = ("", "on grey15", "on grey23", "on dark_green", "on green4")  # by strength
+LONGEST_CELL = 1000  # characters
 UNSCORED = "dim italic"  # tokens of other speakers' turns
 
 
@@ -72,6 +81,7 @@ def features(
     min_density: Annotated[float, typer.Option(min=0, max=1, help="Share of tokens.")] = 0.0,
     max_density: Annotated[float, typer.Option(min=0, max=1, help="Share of tokens.")] = 1.0,
     search: Annotated[str, typer.Option(help="In labels, or an index.")] = "",
+    where: Where = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Rows.")] = 20,
     store: StoreUrl = None,
     as_json: AsJson = False,
@@ -85,16 +95,23 @@ def features(
       fpo cache features quickstart --ascending           what is stronger in rejected ones
       fpo cache features quickstart --sort ratio --min-density 0.001 -n 50
       fpo cache features quickstart -n 100000 --parquet features.parquet
+      fpo cache features quickstart --where topic=maths   the means over these pairs only
     """
     from explorer import open_store
     from explorer.features import FeatureQuery, feature_table
+    from explorer.index import open_pair_index
     from explorer.labels import Labels
+    from explorer.metadata import restricted_stats
 
     opened = open_store(store)
     found = opened.features(cache)
     query = FeatureQuery(sort, not ascending, min_density, max_density, search, 0, limit)
-    page = feature_table(found, query, Labels(opened.store, found.sae))
-    title = f"{found.name}: {page.total:,} features of {found.sae.d_sae:,}"
+    numbers, stats, told = _matching(found, where), None, ""
+    if numbers is not None:
+        stats = restricted_stats(found, open_pair_index(found), numbers)
+        told = f"; chosen, rejected and difference over {_told(found, numbers, where)}"
+    page = feature_table(found, query, Labels(opened.store, found.sae), stats)
+    title = f"{found.name}: {page.total:,} features of {found.sae.d_sae:,}{told}"
     _give(page.rows, title, as_json=as_json, parquet=parquet)
 
 
@@ -168,21 +185,31 @@ def feature(
 @app.command("pairs")
 def pairs(
     cache: Cache,
+    where: Where = None,
     offset: Annotated[int, typer.Option(min=0, help="Begin with this one.")] = 0,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Rows.")] = 20,
     store: StoreUrl = None,
     as_json: AsJson = False,
     parquet: AsParquet = None,
 ) -> None:
-    """The pairs of a cache."""
+    """List the pairs of a cache with their metadata.
+
+    \b
+    Examples:
+      fpo cache pairs quickstart --where topic=maths
+      fpo cache pairs quickstart --where topic!=maths --where "score>=4"
+      fpo cache pairs quickstart --where topic=           pairs without a topic
+    """
     from explorer import open_store
     from explorer.index import open_pair_index
-    from explorer.pairs import pair_list
+    from explorer.pairs import pair_frame, pair_list
 
     found = open_store(store).features(cache)
-    rows = pair_list(found, open_pair_index(found), offset, limit)
-    frame = pl.DataFrame([row._asdict() for row in rows])
-    _give(frame, f"{found.name}: {found.n_pairs:,} pairs", as_json=as_json, parquet=parquet)
+    numbers = _matching(found, where)
+    rows = pair_list(found, open_pair_index(found), offset, limit, numbers)
+    told = f"{found.n_pairs:,} pairs" if numbers is None else _told(found, numbers, where)
+    frame = pair_frame(found, rows)
+    _give(frame, f"{found.name}: {told}", as_json=as_json, parquet=parquet)
 
 
 @app.command("pair")
@@ -202,6 +229,7 @@ def pair(
     from explorer.index import open_pair_index
     from explorer.labels import Labels
     from explorer.pairs import pair_view
+    from explorer.text import visible
 
     opened = open_store(store)
     found = opened.features(cache)
@@ -216,6 +244,8 @@ def pair(
         return
     console = Console()
     left_out = f"({view.prompt_left_out} tokens before) " if view.prompt_left_out else ""
+    for name, value in view.metadata.items():
+        console.print(Text(f"{visible(name)}  ", style="bold") + Text(_cell(value)))
     console.print(Text("prompt    ", style="bold") + Text(left_out + "".join(view.prompt)))
     top = max([piece.value for piece in (*view.chosen, *view.rejected)], default=0.0)
     for name, pieces in (("chosen", view.chosen), ("rejected", view.rejected)):
@@ -387,6 +417,18 @@ def _give(frame: pl.DataFrame, title: str, *, as_json: bool, parquet: Path | Non
     console.print(table)
 
 
+def _matching(cache: Any, where: list[str] | None) -> Any:
+    """Return the numbers of the pairs that meet the conditions; None where none is given."""
+    from explorer.metadata import matching_pairs, parse_conditions
+
+    return matching_pairs(cache, parse_conditions(where, cache.metadata)) if where else None
+
+
+def _told(cache: Any, numbers: Any, where: list[str] | None) -> str:
+    conditions = " and ".join(where or ())
+    return f"{len(numbers):,} of {cache.n_pairs:,} pairs, where {conditions}"
+
+
 def _write_parquet(frame: pl.DataFrame, path: Path) -> None:
     if str(path) == "-":
         buffer = io.BytesIO()
@@ -397,7 +439,13 @@ def _write_parquet(frame: pl.DataFrame, path: Path) -> None:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    from explorer.text import visible
+
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.3g}" if isinstance(value, float) else visible(str(value), LONGEST_CELL)
 
 
 def _shaded(pieces: Any, top: float, marked: int | None) -> Text:

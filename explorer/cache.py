@@ -4,10 +4,12 @@ from functools import cached_property
 from typing import NamedTuple
 
 import polars as pl
+import pyarrow as pa
 
 from explorer.errors import NotThere
 from explorer.text import Detokenizer
 from storage.artifact import Artifact
+from storage.schemas import metadata_types
 
 SMALL = ("feature", "density", "mean", "max", "mean_chosen", "mean_rejected")
 _DIFFERENCE = (pl.col("mean_chosen") - pl.col("mean_rejected")).alias("difference")
@@ -84,6 +86,11 @@ class FeatureCache:
     def pairs_table(self) -> pl.LazyFrame:
         """``pairs``, one row a pair."""
         return self.pairs.scan()
+
+    @cached_property
+    def metadata(self) -> dict[str, pa.DataType]:
+        """Type of each metadata column of the pairs, by name."""
+        return metadata_types(self.pairs.schema())
 
     def check_feature(self, feature: int) -> None:
         """Refuse a feature that the SAE does not have.

@@ -85,9 +85,18 @@ class FeatureView(NamedTuple):
 
 
 def feature_table(
-    cache: FeatureCache, query: FeatureQuery, labels: Labels | None = None
+    cache: FeatureCache,
+    query: FeatureQuery,
+    labels: Labels | None = None,
+    stats: pl.DataFrame | None = None,
 ) -> FeaturePage:
-    """Features by a query.
+    """Return features by a query.
+
+    Args:
+        cache: The cache.
+        query: Which features, in which order.
+        labels: Names of features.
+        stats: Statistics to use instead of those of all pairs, with the same columns.
 
     Raises:
         UsageError: an unknown order, or bounds that are none.
@@ -96,7 +105,7 @@ def feature_table(
         raise UsageError(f"unknown order {query.sort!r}; one of {', '.join(SORTS)}")
     if not 0 <= query.min_density <= query.max_density <= 1:
         raise UsageError("densities are shares: 0 <= min_density <= max_density <= 1")
-    frame = cache.small_stats
+    frame = cache.small_stats if stats is None else stats
     both = pl.col("mean_chosen") + pl.col("mean_rejected")
     order = {
         "change": pl.col("difference").abs(),

@@ -30,6 +30,7 @@ from explorer.cache import FeatureCache
 from explorer.errors import NotThere
 from fpo_core.lists import lists_of
 from fpo_core.progress import Progress
+from storage.artifact import Artifact
 from storage.cache import cache_folder
 from storage.locks import file_lock
 
@@ -136,7 +137,7 @@ def _make_pairs(cache: FeatureCache, folder: Path) -> None:
     ids, lengths = [], []
     shards = range(cache.artifact.num_shards("pooled"))
     with _progress("index of pairs", len(shards)) as progress:
-        for table in _columns(cache, "pooled", ["pair_id", "n_tokens"]):
+        for table in table_columns(cache.artifact, "pooled", ["pair_id", "n_tokens"]):
             ids.append(np.array([int(one, 16) for one in table["pair_id"].to_pylist()[::2]], "u8"))
             lengths.append(table["n_tokens"].to_numpy().astype(np.int32))
             progress.advance(1)
@@ -181,18 +182,18 @@ def _write(file: int, values: np.ndarray, counts: np.ndarray, cursor: np.ndarray
 def _times_stored(cache: FeatureCache) -> np.ndarray:
     """Responses where each feature's mean is stored, [F]."""
     counts = np.zeros(cache.sae.d_sae, dtype=np.int64)
-    for table in _columns(cache, "shard_stats", ["feature", "pooled_kept"]):
+    for table in table_columns(cache.artifact, "shard_stats", ["feature", "pooled_kept"]):
         counts[table["feature"].to_numpy()] += table["pooled_kept"].to_numpy()
     return counts
 
 
-def _columns(cache: FeatureCache, table: str, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """Small columns of a table's shards, in order; read some at a time.
+def table_columns(artifact: Artifact, table: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield small columns of a table's shards, in order; read some at a time.
 
     No more are asked for in advance than the readers are soon done with: the program's end waits
     for what was.
     """
-    artifact, asked = cache.artifact, deque()
+    asked = deque()
     with ThreadPoolExecutor(READERS) as pool:
         for shard in range(artifact.num_shards(table)):
             asked.append(pool.submit(artifact.rows, table, shard, None, columns))

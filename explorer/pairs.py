@@ -1,14 +1,17 @@
 """Pairs of a cache: prompt, both responses by token, and the features in which they differ."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
+import pyarrow as pa
 
 from explorer.cache import FeatureCache
 from explorer.features import TokenPiece, pair_columns, response_pieces, token_values
 from explorer.index import PairIndex
 from explorer.labels import Labels
+from storage.schemas import names_beside
 
 SIDES = ("chosen", "rejected")
 DIFFERING = 20
@@ -23,6 +26,7 @@ class PairRow(NamedTuple):
     prompt: str
     chosen_tokens: int
     rejected_tokens: int
+    metadata: dict[str, Any]
 
 
 class Differing(NamedTuple):
@@ -50,28 +54,65 @@ class PairView(NamedTuple):
     chosen: tuple[TokenPiece, ...]
     rejected: tuple[TokenPiece, ...]
     differing: tuple[Differing, ...]
+    metadata: dict[str, Any]
 
 
-def pair_list(cache: FeatureCache, index: PairIndex, offset: int, limit: int) -> list[PairRow]:
-    """Some pairs, in the order of the tables."""
+def pair_list(
+    cache: FeatureCache,
+    index: PairIndex,
+    offset: int,
+    limit: int,
+    numbers: np.ndarray | None = None,
+) -> list[PairRow]:
+    """Return some pairs, in the order of the tables.
+
+    Args:
+        cache: The cache.
+        index: Its index.
+        offset: Pairs to leave out at the start.
+        limit: Most pairs to return.
+        numbers: The pairs to choose from, ascending; None: all.
+    """
+    every = np.arange(cache.n_pairs) if numbers is None else numbers
+    shown = every[offset : offset + limit]
     rows = []
-    for found in _in_order(cache, index, range(offset, min(offset + limit, cache.n_pairs))):
-        number = offset + len(rows)
-        lengths = (int(index.lengths[2 * number + side]) for side in (0, 1))
-        text = cache.detokenizer.text(found["prompt_ids"])
-        rows.append(PairRow(found["pair_id"], text, *lengths))
+    for number, found in zip(shown, _in_order(cache, index, shown), strict=True):
+        chosen, rejected = (int(index.lengths[2 * number + side]) for side in (0, 1))
+        rows.append(
+            PairRow(
+                pair_id=found["pair_id"],
+                prompt=cache.detokenizer.text(found["prompt_ids"]),
+                chosen_tokens=chosen,
+                rejected_tokens=rejected,
+                metadata={name: found[name] for name in cache.metadata},
+            )
+        )
     return rows
 
 
-def _in_order(cache: FeatureCache, index: PairIndex, numbers: range) -> Iterator[dict[str, Any]]:
-    """The prompts of pairs that follow each other, each shard read once."""
-    number = numbers.start
-    while number < numbers.stop:
-        shard, place = index.shard_of(2 * number)
-        end = min(numbers.stop, int(index.shards[shard + 1]) // 2)
-        rows = slice(place // 2, place // 2 + end - number)
-        yield from cache.pairs.rows("", shard, rows, ["pair_id", "prompt_ids"]).to_pylist()
-        number = end
+def pair_frame(cache: FeatureCache, rows: Sequence[PairRow]) -> pl.DataFrame:
+    """Return lines of the list as a table, the metadata behind the other columns."""
+    own = PairRow._fields[:-1]
+    names = names_beside(cache.metadata, own)
+    columns: dict[str, Any] = {name: [getattr(row, name) for row in rows] for name in own}
+    kinds = {pa.string(): pl.String, pa.bool_(): pl.Boolean, pa.int64(): pl.Int64}
+    for name, kind in cache.metadata.items():
+        values = [row.metadata[name] for row in rows]
+        columns[names[name]] = pl.Series(values, dtype=kinds.get(kind, pl.Float64))
+    return pl.DataFrame(columns)
+
+
+def _in_order(
+    cache: FeatureCache, index: PairIndex, numbers: np.ndarray
+) -> Iterator[dict[str, Any]]:
+    """Yield prompt and metadata of pairs in ascending order, each shard read once."""
+    columns = ["pair_id", "prompt_ids", *cache.metadata]
+    shards = np.searchsorted(index.shards, 2 * numbers, side="right") - 1
+    for shard in np.unique(shards):
+        places = numbers[shards == shard] - int(index.shards[shard]) // 2
+        rows = slice(int(places[0]), int(places[-1]) + 1)
+        table = cache.pairs.rows("", int(shard), rows, columns)
+        yield from table.take(places - places[0]).to_pylist()
 
 
 def pair_view(
@@ -94,7 +135,9 @@ def pair_view(
     if feature is not None:
         cache.check_feature(feature)
     sides = [f"{side}_{part}" for side in SIDES for part in ("ids", "unscored")]
-    pair = pair_columns(cache, index, number, ["split", "source", "prompt_ids", *sides])
+    pair = pair_columns(
+        cache, index, number, ["split", "source", "prompt_ids", *sides, *cache.metadata]
+    )
     prompt = pair["prompt_ids"]
     shown = prompt[-SHOWN_PROMPT:]
 
@@ -112,6 +155,7 @@ def pair_view(
         chosen=response(0),
         rejected=response(1),
         differing=_differing(cache, index, number, labels),
+        metadata={name: pair[name] for name in cache.metadata},
     )
 
 

@@ -28,6 +28,7 @@ from explorer.features import (
     feature_view,
 )
 from explorer.group import group_yaml
+from explorer.metadata import parse_conditions
 from explorer.moved import moved_features
 from explorer.pairs import pair_list, pair_view
 from explorer.store import ExploredStore
@@ -72,7 +73,7 @@ def make_app(store: ExploredStore, hosts: frozenset[str], token: str | None = No
     # By default only names that end in .html are escaped.
     loader = FileSystemLoader(HERE / "templates")
     templates = Jinja2Templates(env=Environment(loader=loader, autoescape=True))
-    templates.env.filters |= {"number": _number, "visible": visible}
+    templates.env.filters |= {"number": _number, "visible": visible, "metadata": _metadata}
     templates.env.globals["sorts"] = SORTS
     templates.env.globals["store_name"] = _store_name(store)
     opened = Opened(store)
@@ -210,11 +211,17 @@ def make_app(store: ExploredStore, hosts: frozenset[str], token: str | None = No
 
     @app.get("/cache/{name}/pairs")
     def pairs(
-        request: Request, name: str, offset: Annotated[int, Query(ge=0)] = 0
-    ) -> Response:  # fmt: skip
+        request: Request,
+        name: str,
+        offset: Annotated[int, Query(ge=0)] = 0,
+        where: Annotated[list[str] | None, Query()] = None,
+    ) -> Response:
         cache = opened.cache(name)
-        rows = pair_list(cache, opened.pairs(cache), offset, PAIRS)
-        return page(request, "pairs", cache=cache, pairs=rows, offset=offset, rows=PAIRS)
+        asked = [one for one in where or () if one.strip()]
+        numbers = opened.matching(cache, parse_conditions(asked, cache.metadata))
+        rows = pair_list(cache, opened.pairs(cache), offset, PAIRS, numbers)
+        shown = {"pairs": rows, "offset": offset, "rows": PAIRS, "total": len(numbers)}
+        return page(request, "pairs", cache=cache, where=asked, **shown)
 
     @app.get("/cache/{name}/pair/{pair_id}")
     def pair(
@@ -282,3 +289,10 @@ def _store_name(store: ExploredStore) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
+
+
+def _metadata(value: Any, longest: int) -> str:
+    """Return a pair's metadata as text; a dash where it has none."""
+    if value is None:
+        return "–"
+    return str(value).lower() if isinstance(value, bool) else visible(str(value), longest)

@@ -13,6 +13,7 @@ from explorer.errors import NotThere
 from explorer.features import Histogram, feature_histogram
 from explorer.index import PairIndex, open_feature_index, open_pair_index
 from explorer.labels import Labels
+from explorer.metadata import matching_pairs
 from explorer.store import ExploredStore
 from fpo_core.errors import FPOError
 
@@ -39,6 +40,7 @@ class Opened:
     def __init__(self, store: ExploredStore) -> None:
         self.store = store
         self.cache = lru_cache(maxsize=8)(self._open)
+        self.matching = lru_cache(maxsize=8)(matching_pairs)
         self._lens = lru_cache(maxsize=1)(self._open_lens)  # it holds the SAE's decoder
         self._opening = Lock()  # once; and transformers is not to be imported by two threads
         self._begun: dict[tuple[str, Callable[..., Any]], _Begun] = {}
