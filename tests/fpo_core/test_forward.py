@@ -5,8 +5,10 @@ import torch
 from transformers.integrations import sdpa_attention
 
 from fpo_core.data.batches import PairIds, batches_by_length, collate
-from fpo_core.data.pairs import PreferencePair
-from fpo_core.data.tokenize import ChatFormat, Limits, tokenize_pairs
+from fpo_core.data.conversations.model import ASSISTANT, Conversation, Turn
+from fpo_core.data.render import ChatFormat
+from fpo_core.data.tokenize import TokenizedPair, Tokenizer
+from fpo_core.data.truncation import Limits
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.forward import forward_pairs, scored_activations
 from tests.tiny import SAE_LAYER, make_model, make_tokenizer
@@ -108,12 +110,15 @@ def test_multi_turn_and_system_prompts_score_the_last_answer_alone():
         {"role": "assistant", "content": "brown"},
         {"role": "user", "content": "lazy?"},
     ]
-    pair = PreferencePair(tuple(turns), "the dog", "jumps over", "line 1")
-    (found,) = tokenize_pairs([pair], ChatFormat(tokenizer, "model"), Limits(100, 100))
+    prompt = tuple(Turn(turn["role"], turn["content"]) for turn in turns)
+    sides = [(Turn(ASSISTANT, text),) for text in ("the dog", "jumps over")]
+    given = Conversation(prompt, sides[0], sides[1], "line 1")
+    (found,) = Tokenizer(ChatFormat(tokenizer, "model"), Limits(100, 100)).tokenize([given])
+    assert isinstance(found, TokenizedPair)
     batch = collate([PairIds("x", found.prompt_ids, found.chosen_ids, found.rejected_ids)])
     with torch.no_grad():
         logps = forward_pairs(model, batch, HOOKS).logps
-    for number, answer in enumerate((pair.chosen, pair.rejected)):
+    for number, answer in enumerate(("the dog", "jumps over")):
         scored = batch.targets[batch.response == number]
         assert tokenizer.decode(scored) == f"{answer}<|im_end|>"
         text = tokenizer.apply_chat_template(

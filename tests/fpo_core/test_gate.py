@@ -294,8 +294,8 @@ def test_rows_are_the_first_ones_and_none_is_long():
 @pytest.fixture(scope="module")
 def quickstart() -> Fit:
     """The shipped SAE on its own model, measured once."""
-    from fpo_core.data.pairs import read_pairs
-    from fpo_core.data.tokenize import ChatFormat
+    from fpo_core.data.conversations.reader import read_source
+    from fpo_core.data.render import ChatFormat
     from fpo_core.models.load import load_model, load_tokenizer, model_folder, prepare_cpu
     from fpo_core.recipe import load_recipe
 
@@ -303,8 +303,8 @@ def quickstart() -> Fit:
     prepare_cpu(1)
     folder = model_folder(recipe.model.source)
     chat = ChatFormat(load_tokenizer(folder), "model")
-    pairs = itertools.islice(read_pairs(recipe.data.heldout[0], None), 8)
-    rows = chat.ids([chat.full_text(pair.prompt, pair.chosen) for pair in pairs])
+    pairs = itertools.islice(read_source(recipe.data.heldout_sources[0].path), 8)
+    rows = chat.ids([chat.render([*pair.prompt, *pair.chosen]) for pair in pairs])
     model = load_model(folder, dtype="float32", attention="sdpa")
     place = recipe.sae.hookpoint
     return measure_sae(

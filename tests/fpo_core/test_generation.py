@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from transformers import TopPLogitsWarper
 
 from fpo_core.bench.model import Question
-from fpo_core.data.tokenize import ChatFormat
+from fpo_core.data.render import ChatFormat
 from fpo_core.errors import FPOError
 from fpo_core.generation.answers import Prompt, Sampling, prompt_seed
 from fpo_core.generation.prompts import (
@@ -19,7 +19,6 @@ from fpo_core.generation.prompts import (
     answer_questions,
     check_prompts,
     check_questions,
-    end_tokens,
 )
 from fpo_core.generation.sampler import TokenSampler
 from fpo_core.generation.transformers_backend import (
@@ -254,7 +253,7 @@ def chat():
 def test_the_second_turns_prompt_contains_the_first_answer(chat):
     questions = [Question("m", ("the fox?", "and the dog?")), Question("s", ("over?",))]
     model, wanted = make_model(), Wanted((0.0, 0.8), 2, seed=5)
-    stop = end_tokens(chat)
+    stop = chat.end_tokens()
     assert stop == (1,)
     backend = TransformersBackend(model, chat.tokenizer, Sampling(6, stop=stop), TokenBudget(9_999))
     found = {
@@ -329,7 +328,7 @@ def test_a_template_that_refuses_or_ends_nothing_is_told(chat):
         "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     )
     with pytest.raises(FPOError, match="no special token at the end"):
-        end_tokens(chat)
+        chat.end_tokens()
 
 
 def test_vllm_is_asked_for_where_it_is_missing():

@@ -120,7 +120,7 @@ def test_the_shipped_saes_quality_is_what_its_readme_says():
     recipe = load_recipe("quickstart")
     prepare_cpu(None)
     folder = model_folder(recipe.model.source)
-    text = SaeTextSettings(path=recipe.data.heldout[0], kind="preference")
+    text = SaeTextSettings(path=recipe.data.heldout_sources[0].path, kind="preference")
     windows = token_windows((text,), load_tokenizer(folder), length=256, max_tokens=2048)
     model = load_model(folder, dtype="float32", attention="sdpa")
     found = sae_quality(model, load_coder(SHIPPED), recipe.sae.hookpoint, windows)

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 from pydantic import ValidationError
 
-from fpo_core.data.tokenize import ChatFormat
+from fpo_core.data.render import ChatFormat
 from fpo_core.errors import FPOError
 from fpo_core.recipe.generation import GenerationSettings
 from fpo_core.recipe.schema import ModelSettings, ResourceSettings

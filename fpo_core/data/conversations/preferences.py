@@ -109,7 +109,7 @@ def _joined(
     for side in (chosen, rejected):
         if side and not _has_answer(side):
             raise Unusable("not_assistant", f"a side is said by the {side[0].role}")
-    if chosen == rejected:
+    if chosen == rejected and any(turn.says_something for turn in chosen):
         raise Unusable("identical")
     if not given and not all(whole):
         raise Unusable(*_without_prompt(fields, chosen, rejected))
