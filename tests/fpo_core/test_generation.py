@@ -327,7 +327,7 @@ def test_a_template_that_refuses_or_ends_nothing_is_told(chat):
     chat.tokenizer.chat_template = (
         "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     )
-    with pytest.raises(FPOError, match="no special token at the end"):
+    with pytest.raises(FPOError, match="writes nothing after an answer"):
         chat.end_tokens()
 
 

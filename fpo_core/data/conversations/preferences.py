@@ -117,11 +117,11 @@ def _joined(
         raise Unusable("prompt_mismatch", "one side repeats the prompt, the other does not")
     both = [chosen, rejected]
     prefilled = False
-    if all(whole):
+    if all(whole) and not _continue(given, both):
         _check_prompt(given, chosen, rejected)
         both = [_with_given_system(prompt, side) for side in both]
     else:
-        prefilled = prompt[-1].role == ASSISTANT
+        prefilled = all(prompt[-1].role == side[0].role == ASSISTANT for side in both if side)
         _note_repeated_prompt(fields, prompt, both)
         both = [[*prompt, *side] for side in both]
     shared = len(prompt) if prefilled else _shared(*both)
@@ -139,6 +139,19 @@ def _joined(
 def _is_whole(side: list[Turn]) -> bool:
     """Return whether a side brings its own prompt."""
     return bool(side) and side[0].role in (SYSTEM, USER)
+
+
+def _continue(given: list[Turn], sides: list[list[Turn]]) -> bool:
+    """Return whether both sides go on with the user's next turn after a prompt that is answered."""
+    if not given or given[-1].role != ASSISTANT or any(side[0].role != USER for side in sides):
+        return False
+    return not any(
+        len(side) > len(given)
+        and all(
+            same_text(turn.content, own.content) for turn, own in zip(given, side, strict=False)
+        )
+        for side in sides
+    )
 
 
 def _without_prompt(fields: Fields, chosen: list[Turn], rejected: list[Turn]) -> tuple[str, str]:
