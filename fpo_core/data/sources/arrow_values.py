@@ -87,7 +87,29 @@ def _plain(column: Any) -> Any:
 
 def _values(column: Any) -> list[Any]:
     values = column.to_pylist(maps_as_pydicts="strict")
-    return [_without_nulls(value) for value in values] if column.type.num_fields else values
+    return [_without_nulls(value) for value in values] if _has_inner_nulls(column) else values
+
+
+def _has_inner_nulls(column: Any) -> bool:
+    """Return whether a value may hold a field that is null, or bytes; Arrow counts faster."""
+    import pyarrow.types as kinds
+
+    kind = column.type
+    if kinds.is_struct(kind):
+        fields = column.flatten()
+        return any(
+            field.null_count or _is_bytes(field) or _has_inner_nulls(field) for field in fields
+        )
+    if kinds.is_list(kind) or kinds.is_large_list(kind):
+        inner = column.flatten()
+        return _is_bytes(inner) or _has_inner_nulls(inner)
+    return kind.num_fields > 0
+
+
+def _is_bytes(column: Any) -> bool:
+    import pyarrow.types as kinds
+
+    return kinds.is_binary(column.type) or kinds.is_large_binary(column.type)
 
 
 def _without_nulls(value: Any) -> Any:

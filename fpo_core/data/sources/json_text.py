@@ -79,7 +79,7 @@ class JsonParser:
             fault = RowFault("duplicate_key", f"the key {self._repeated!r} occurs twice")
         elif _is_deep(text, start, end):
             fault = _TOO_DEEP
-        elif _SURROGATE.search(text, start, end):
+        elif text.find("\\u", start, end) >= 0 and _SURROGATE.search(text, start, end):
             fault = _surrogate_fault(value)
         return Row(value, where) if fault is None else Row({}, where, fault)
 

@@ -90,14 +90,13 @@ def split_files(
 
 def splits_there(paths: Sequence[str]) -> list[str]:
     """The splits that a repository's files name, as a recipe would write them."""
-    order = (*KINDS, *FURTHER_KINDS)
     places = [place for path in paths if (place := place_of(path))]
-    best = min((order.index(place.kind) for place in places), default=0)
+    first = min((KINDS.index(place.kind) for place in places if place.kind in KINDS), default=None)
     return sorted(
         {
             place.split if place.config == DEFAULT else f"{place.config}:{place.split}"
             for place in places
-            if order.index(place.kind) == best
+            if first is None or place.kind == KINDS[first]
         }
     )
 

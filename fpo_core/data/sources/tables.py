@@ -151,9 +151,10 @@ def _arrow_reader(content: Any, name: str) -> tuple[Iterator[Any], Any]:
 
 
 def _check(batch: Any) -> None:
-    """Check offsets, which Arrow trusts; a text that is not UTF-8 is a fault of its row."""
+    """Check lengths and offsets, which Arrow trusts; other text than UTF-8 is its row's fault."""
     import pyarrow as pa
 
+    batch.validate()
     for column in batch.columns:
         try:
             column.validate(full=True)

@@ -1,5 +1,6 @@
 """Datasets from a hub: a real server on loopback, read by processes that know no other hub."""
 
+import gzip
 import io
 import json
 import os
@@ -195,6 +196,33 @@ def test_the_hubs_conversion_is_read_where_the_repository_has_no_readable_split(
     assert "several configurations have a split 'train': de, en" in several["error"]
     assert "in the configuration 'fr'; there are: de:test, de:train, en:train" in unknown["error"]
     assert read(*sources[:2], HF_HUB_OFFLINE="1") == found[:2]
+
+
+def test_slices_of_a_split_go_over_its_files(hub, read):
+    specs = ("[1:]", "[:50%]", "[-1:]", "[:1]")
+    found = read(f"{NAME}:train_prefs", *(f"{NAME}:train_prefs{spec}" for spec in specs))
+    whole, *parts = found
+    assert [part["identity"] for part in parts] == [f"{whole['identity']}{spec}" for spec in specs]
+    assert [answers(part) for part in parts] == [
+        ["two", "three"],
+        ["one", "two"],
+        ["three"],
+        ["one"],
+    ]
+    assert parts[2]["pairs"] == whole["pairs"][2:]
+    assert read(f"{NAME}:train_prefs[:50%]", HF_HUB_OFFLINE="1") == [parts[1]]
+    (empty,) = read(f"{NAME}:train_prefs[8:]")
+    assert "[8:] of data 'owner/feedback:train_prefs' holds no rows" in empty["error"]
+
+
+def test_compressed_files_are_read_where_nothing_else_is_there(hub, read):
+    lines = gzip.compress(jsonl("a", "b"))
+    hub.commit("owner/gz", {"base/train.jsonl.gz": lines, "base/test.csv": b"chosen\nc\n"})
+    train, test, dev = read("owner/gz:train", "owner/gz:base:test", "owner/gz:dev")
+    assert train["identity"].endswith(":base:train")
+    assert (answers(train), answers(test)) == (["a", "b"], ["c"])
+    assert "there is no split 'dev'; there are: base:test, base:train" in dev["error"]
+    assert read("owner/gz:train", HF_HUB_OFFLINE="1") == [train]
 
 
 def test_json_files_are_read_whatever_their_layout(hub, read):

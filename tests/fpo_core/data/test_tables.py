@@ -161,7 +161,7 @@ def test_a_stream_cut_between_two_batches_is_cut_off(tmp_path):
         list(read_rows(tmp_path / "d.arrow"))
 
 
-@pytest.mark.parametrize("name", ["d.parquet", "d.arrow", "d.feather", "d.jsonl.gz", "d.jsonl.zst"])
+@pytest.mark.parametrize("name", [*WRITERS, "d.jsonl.gz", "d.jsonl.zst", "d.parquet.gz"])
 def test_damage_anywhere_is_an_error_that_names_the_file_or_gives_rows(tmp_path, name):
     data = write(tmp_path / name, ROWS * 20).read_bytes()
     draw = random.Random(0)  # noqa: S311 - the same damage every time
