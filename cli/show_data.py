@@ -10,6 +10,7 @@ from rich.text import Text
 
 from explorer.text import visible
 from fpo_core.data.conversations.fields import NOTES
+from fpo_core.data.conversations.reader import PASSED_OVER
 from tasks.data_check import DataCheck, PlannedSource, ShownExample
 
 _LONGEST = 1200  # characters of a prompt or an answer that are shown
@@ -36,7 +37,7 @@ def print_check(found: DataCheck) -> None:
 def planned_lines(sources: Sequence[PlannedSource]) -> Iterator[str]:
     """Yield a line per source for a plan, and what to look at next."""
     for source in sources:
-        rows = f"{source.rows:,} rows" if not source.is_sample else f"first {source.rows:,} rows"
+        rows = f"first {source.rows:,} rows" if source.is_sample else _rows(source.rows)
         parts = [f"{source.section}, {source.split}: {visible(source.source)}: {rows}"]
         if source.shapes:
             parts.append(f"read as {visible(source.shapes[0])}")
@@ -49,6 +50,10 @@ def planned_lines(sources: Sequence[PlannedSource]) -> Iterator[str]:
         yield ", ".join(parts)
 
 
+def _rows(count: int) -> str:
+    return f"{count:,} row" + "s" * (count != 1)
+
+
 def _pairs(stats: dict[str, Any]) -> str:
     told = ", ".join(f"{count:,} {split}" for split, count in stats["pairs"].items() if count)
     dropped = sum(stats["dropped"].values())
@@ -57,11 +62,12 @@ def _pairs(stats: dict[str, Any]) -> str:
 
 def _print_sources(console: Console, sources: list[dict[str, Any]]) -> None:
     for source in sources:
-        console.print(
-            Text(f"\n{source['split']}  {visible(source['source'])}  {source['rows']:,} rows")
-        )
+        rows = _rows(source["rows"])
+        console.print(Text(f"\n{source['split']}  {visible(source['source'])}  {rows}"))
         for columns, count in source["shapes"].items():
             console.print(Text(f"  {count:,} read from  {visible(columns)}"))
+        for why, count in source["passed_over"].items():
+            console.print(Text(f"  {count:,} {PASSED_OVER[why]}"))
         unused = source["unused_columns"]
         if unused:
             told = ", ".join(f"{visible(name)} ({count:,})" for name, count in unused.items())

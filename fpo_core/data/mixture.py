@@ -125,18 +125,23 @@ def _of_source(each: SplitSource, resolved: Resolved | None, survey: Survey) -> 
                     raise FPOError(_all_unusable(each.source.path, dropped))
             continue
         usable = True
-        if _is_wanted(each, item):
+        passed_over = _passed_over(each, item)
+        if passed_over is None:
             yield item
+        else:
+            survey.passed_over[passed_over] += 1
 
 
-def _is_wanted(each: SplitSource, item: Conversation) -> bool:
+def _passed_over(each: SplitSource, item: Conversation) -> str | None:
+    """Return why a split does not take an example, a key of `PASSED_OVER`; None if it does."""
     weight = each.source.weight
     if weight < 1 and share_of(int(item.pair_id, 16), "weight") >= weight:
-        return False
+        return "weight"
     if each.heldout is None:
-        return True
+        return None
     share, wanted = each.heldout
-    return (share_of(item.prompt_key, "heldout") < share) is wanted
+    is_heldout = share_of(item.prompt_key, "heldout") < share
+    return None if is_heldout is wanted else "other_split"
 
 
 def _limited(found: Iterator[Found], limit: int | None) -> Iterator[Found]:

@@ -71,6 +71,7 @@ class Tokenization:
         self.dropped: list[DroppedPair] = []
         self.pairs: Counter[str] = Counter()
         self.before, self.after = Lengths(), Lengths()
+        self.scored_tokens = 0
         self._train_prompts: set[int] = set()
 
     def examples(self, split: str) -> Iterator[Example]:
@@ -95,6 +96,7 @@ class Tokenization:
             self.dropped.append(example)
             return
         self.pairs[split] += 1
+        self.scored_tokens += example.num_scored
         self.after.add(example.kept_lengths)
         if split != HELDOUT:
             self._train_prompts.add(example.conversation.prompt_key)
@@ -115,7 +117,7 @@ class Tokenization:
             "pairs": dict(self.pairs),
             "dropped": dict(Counter(pair.reason for pair in self.dropped)),
             "tokens": after.prompt_tokens + after.answer_tokens,
-            "answer_tokens": after.answer_tokens,
+            "answer_tokens": self.scored_tokens,
             "notes": dict(self.notes),
             "lengths": {"before": self.before.as_json(), "after": after.as_json()},
             "sources": [

@@ -41,6 +41,13 @@ class TokenizedPair(NamedTuple):
     lengths: ExampleLengths  # before anything was cut
 
     @property
+    def num_scored(self) -> int:
+        """Return the scored tokens of the sides together."""
+        ranges = (self.chosen_unscored, self.rejected_unscored)
+        unscored = sum(sum(each[1::2]) - sum(each[::2]) for each in ranges)
+        return len(self.chosen_ids) + len(self.rejected_ids) - unscored
+
+    @property
     def kept_lengths(self) -> ExampleLengths:
         """Return the tokens that are kept."""
         answers = [ids for ids in (self.chosen_ids, self.rejected_ids) if ids]

@@ -7,6 +7,7 @@ import altair as alt
 import polars as pl
 
 from fpo_core.data.conversations.fields import NOTES
+from fpo_core.data.conversations.reader import PASSED_OVER
 from fpo_core.data.drops import REASONS
 from fpo_core.data.lengths import EDGES
 from fpo_core.report import palette
@@ -79,6 +80,12 @@ def _left_out(stats: Stats) -> Table | None:
         (REASONS[reason].text if reason in REASONS else reason, "left out", f"{count:,}")
         for reason, count in stats["dropped"].items()
     ]
+    for source in stats["sources"]:
+        where = f" ({source['source']}, {source['split']})"
+        rows += [
+            (PASSED_OVER[why] + where, "left out", f"{count:,}")
+            for why, count in source["passed_over"].items()
+        ]
     rows += [(NOTES[note], "kept", f"{count:,}") for note, count in stats["notes"].items()]
     if not rows:
         return None

@@ -65,7 +65,7 @@ def test_overrides_are_typed_like_yaml(tmp_path):
         path, ["train.lr=5e-7", "data.train=[x.jsonl, y.jsonl]", "data.limit=null"]
     )
     assert recipe.train.lr == 5e-7
-    assert recipe.data.train == ("x.jsonl", "y.jsonl")
+    assert [source.path for source in recipe.data.train] == ["x.jsonl", "y.jsonl"]
     assert parse_overrides(["a.b=1", "c=x=y"]) == {"a.b": 1, "c": "x=y"}
 
 

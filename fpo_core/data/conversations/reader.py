@@ -19,6 +19,12 @@ from fpo_core.data.sources.rows import read_rows
 Found = Iterator[Conversation | DroppedPair]
 
 
+PASSED_OVER: dict[str, str] = {
+    "weight": "not picked (the source's weight)",
+    "other_split": "of the other split (data.heldout.fraction)",
+}
+
+
 @dataclass
 class Survey:
     """What the rows of a source were like.
@@ -29,6 +35,7 @@ class Survey:
         unused: rows by each column that nothing used.
         notes: rows by each note, keys of `NOTES`.
         dropped: rows and answers by reason.
+        passed_over: sound examples that this split does not take, by why, keys of `PASSED_OVER`.
     """
 
     rows: int = 0
@@ -36,6 +43,7 @@ class Survey:
     unused: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
+    passed_over: Counter[str] = field(default_factory=Counter)
 
     def as_json(self) -> dict[str, Any]:
         """Return the survey as plain values, for a manifest."""
@@ -45,6 +53,7 @@ class Survey:
             "unused_columns": dict(self.unused),
             "notes": dict(self.notes),
             "dropped": dict(self.dropped),
+            "passed_over": dict(self.passed_over),
         }
 
 
@@ -119,16 +128,17 @@ def _read_row(
 ) -> Found:
     fields = Fields(mapped_row(row.value, reading.columns), reading.hidden)
     metadata = {name: metadata_value(row.value, name) for name in reading.metadata}
-    for found in read(fields, row, reading, survey):
-        if isinstance(found, Conversation):
-            found = found._replace(metadata=metadata)
-        yield found
+    every = list(read(fields, row, reading, survey))
     # Only now is it known what of the row was used.
     kept = {name.partition(".")[0] for name in reading.metadata}
     unused = [name for name in fields.unused if name not in kept]
     survey.unused.update(unused)
     survey.shapes[_shape(fields)] += 1
     survey.notes.update(fields.notes)
+    for found in every:
+        if isinstance(found, Conversation):
+            found = found._replace(metadata=metadata)
+        yield found
 
 
 def _pairs(fields: Fields, row: Row, reading: Reading, survey: Survey) -> Found:
