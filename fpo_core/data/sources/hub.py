@@ -42,11 +42,11 @@ class HubSplit(NamedTuple):
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """Where its files may be, first choice first."""
+        """Return the branches that may have its files, first choice first."""
         return (self.revision,) if self.revision else (MAIN, CONVERTED)
 
     def error(self, told: str) -> FPOError:
-        """An error that names it."""
+        """Return an error that names the split."""
         return FPOError(f"data {self.source!r}: {told}")
 
 
@@ -61,7 +61,7 @@ class SplitFiles(NamedTuple):
 
     @property
     def identity(self) -> str:
-        """What identifies the content: never a moving name."""
+        """Return the identity of the content; a name that moves is no part of it."""
         return f"hub-data:{self.asked.name}@{self.commit}:{self.config}:{self.asked.split}"
 
 
@@ -75,7 +75,7 @@ def hub_split(source: str) -> HubSplit | None:
 
 
 def resolve_split(asked: HubSplit) -> SplitFiles | None:
-    """The split's files at the commit that its name stands for now.
+    """Find the split's files at the commit that its name stands for now.
 
     Where the hub cannot be asked, at the commit that the hub's cache has the split of; None where
     that has not all of it.
@@ -102,7 +102,7 @@ def resolve_split(asked: HubSplit) -> SplitFiles | None:
 
 
 def fetch_split(found: SplitFiles) -> list[Path]:
-    """The split's files on this machine, fetched into the hub's cache where they are not in it.
+    """Return the split's files on this machine; fetch those that the hub's cache lacks.
 
     Raises:
         FPOError: they cannot be had.
@@ -149,7 +149,7 @@ class _NotAnswered(Exception):
 
 
 def _listing(asked: HubSplit, branch: str) -> tuple[str, list[str]] | None:
-    """Commit and files of a branch, as the hub has them; None when there is no such branch."""
+    """Ask the hub for a branch's commit and files; return None where the branch does not exist."""
     from huggingface_hub import dataset_info
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -191,7 +191,7 @@ def _files(
 
 
 def _cached_split(asked: HubSplit) -> SplitFiles | None:
-    """The split as the hub's cache has it, when that has every file of it."""
+    """Return the split from the hub's cache, None unless every file is in it."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, HFValidationError
 
@@ -209,7 +209,7 @@ def _cached_split(asked: HubSplit) -> SplitFiles | None:
 
 
 def _cached_commit(name: str, revision: str, files: tuple[str, ...]) -> str | None:
-    """The commit that a revision is in the hub's cache, when that has the files; else None."""
+    """Return the commit of a revision in the hub's cache, None unless every file is in it."""
     from huggingface_hub import try_to_load_from_cache
 
     commit = None

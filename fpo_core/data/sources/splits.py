@@ -1,4 +1,4 @@
-"""Which files of a dataset repository are a split, going by their names.
+"""Splits of a dataset repository or folder, told from the names of the files.
 
 ``train.jsonl``, ``data/train-00000-of-00003.parquet``, ``CONFIG/train-00000-of-00001.parquet`` and
 ``CONFIG/train/0000.parquet`` (the hub's own conversion) all say configuration and split. A name
@@ -35,7 +35,7 @@ METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "sta
 
 
 class SplitPlace(NamedTuple):
-    """What a file's name says."""
+    """Configuration, split and kind that a file's name tells."""
 
     config: str
     split: str
@@ -43,7 +43,7 @@ class SplitPlace(NamedTuple):
 
 
 def place_of(path: str) -> SplitPlace | None:
-    """Configuration and split of a file in a repository; None for what is no data file."""
+    """Read a file's configuration and split off its name; return None for other than data files."""
     file = PurePosixPath(path)
     kind = "".join(file.suffixes[-2:] if file.suffix.lower() in COMPRESSED else file.suffixes[-1:])
     if kind.lower() not in (*KINDS, *FURTHER_KINDS) or file.name in METADATA:
@@ -59,7 +59,7 @@ def place_of(path: str) -> SplitPlace | None:
 def split_files(
     paths: Sequence[str], split: str, config: str | None, kinds: Sequence[str] = KINDS
 ) -> tuple[str, tuple[str, ...]] | None:
-    """The configuration and the files of a split, in order; None when no file is of it.
+    """Find the configuration and the files of a split, in order; return None if it has no file.
 
     Args:
         paths: the repository's files.
@@ -89,7 +89,7 @@ def split_files(
 
 
 def splits_there(paths: Sequence[str]) -> list[str]:
-    """The splits that a repository's files name, as a recipe would write them."""
+    """Return the splits that a repository's files name, as a recipe writes them."""
     places = [place for path in paths if (place := place_of(path))]
     first = min((KINDS.index(place.kind) for place in places if place.kind in KINDS), default=None)
     return sorted(
