@@ -29,6 +29,11 @@ class SplitSource(NamedTuple):
     reading: Reading
     heldout: tuple[float, bool] | None  # share of held-out prompts, and whether these are wanted
 
+    @property
+    def is_second_reading(self) -> bool:
+        """Whether the training split reads the same rows, and reports on them."""
+        return self.heldout is not None and self.heldout[1]
+
 
 @dataclass
 class Surveys:
@@ -115,9 +120,11 @@ def read_split(
 def _of_source(each: SplitSource, resolved: Resolved | None, survey: Survey) -> Iterator[Found]:
     usable = False
     dropped: list[DroppedPair] = []
-    for item in read_source(each.source.path, resolved, each.reading, survey):
+    read = Survey() if each.is_second_reading else survey
+    for item in read_source(each.source.path, resolved, each.reading, read):
+        survey.rows = read.rows
         if isinstance(item, DroppedPair):
-            if each.heldout is None or not each.heldout[1]:  # counted once, with the training rows
+            if not each.is_second_reading:
                 yield item
             if not usable and REASONS[item.reason].bad:
                 dropped.append(item)

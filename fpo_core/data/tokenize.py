@@ -157,7 +157,7 @@ class Tokenizer:
             for side in given.sides
         ]
         answered_first = all(side[0].role == ASSISTANT for side in given.sides)
-        prompt = edges[0][0] if answered_first else self.chat.render(given.prompt, given.tools)
+        prompt = edges[0][0] if answered_first else self._unanswered(given, edges[0][-1])
         for side in edges:
             if not all(side[-1].startswith(text) for text in (prompt, *side)):
                 raise Unusable("rewritten")
@@ -165,6 +165,15 @@ class Tokenizer:
             raise Unusable("rewritten")
         self._check_rendered(given, [side[-1] for side in edges])
         return _Rendered(given, prompt, tuple(map(tuple, edges)))
+
+    def _unanswered(self, given: Conversation, whole: str) -> str:
+        """Return the text of a prompt that a side does not answer at once."""
+        text = self.chat.render(given.prompt, given.tools)
+        last = given.prompt[-1]
+        if whole.startswith(text) or last.role != ASSISTANT:
+            return text
+        before = given.prompt[:-1]
+        return self._stop(self._start(before, given.tools, whole), before, last, given, whole)
 
     def _edges(self, given: Conversation, side: tuple[Turn, ...], *, prefilled: bool) -> list[str]:
         """Return the beginnings of a side's text at the start and the end of each answer."""
@@ -215,9 +224,10 @@ class Tokenizer:
 
     def _check_rendered(self, given: Conversation, texts: list[str]) -> None:
         """Raise where the template leaves out what changes the prompt or an answer."""
-        for turn in given.prompt:
-            if turn.role in (SYSTEM, USER) and turn.content.strip() not in texts[0]:
-                raise Unusable("not_rendered", f"the chat template leaves out a {turn.role} turn")
+        for side, text in zip(given.sides, texts, strict=True):
+            for turn in (*given.prompt, *side):
+                if turn.role in (SYSTEM, USER) and turn.content.strip() not in text:
+                    raise Unusable("not_rendered", f"the template leaves out a {turn.role} turn")
         if given.tools and texts[0] == self.chat.up_to_end(
             self.chat.render([*given.prompt, *given.chosen])
         ):

@@ -17,7 +17,7 @@ from fpo_core.report.view import Value
 
 LENGTHS = "data_lengths"
 TITLE = "Tokens of the prompt with its longest answer"
-BIN_HEIGHT = 18
+BIN_HEIGHT, AROUND = 18, 110  # pixels of a bin, and of the title and the axis
 
 Stats = Mapping[str, Any]
 
@@ -50,7 +50,7 @@ def _summary(stats: Stats) -> str:
     pairs = ", ".join(f"{count:,} {split}" for split, count in stats["pairs"].items())
     dropped = sum(stats["dropped"].values())
     before, after = (stats["lengths"][name] for name in ("before", "after"))
-    told = f"{pairs} pairs, {dropped:,} rows left out."
+    told = f"{pairs} pairs. Left out: {dropped:,}."
     if before["mean_answer"] != after["mean_answer"]:
         told += (
             f" What did not fit changed the mean answer from {before['mean_answer']:,.0f} to "
@@ -131,7 +131,7 @@ def _figure(lengths: Stats) -> Figure | None:
     ).encode(x=scale, y=place)
     kept = base.mark_bar(fill=palette.CHOSEN.light).encode(x=alt.X("kept:Q"), y=place)
     chart = alt.layer(every, kept).properties(
-        width=palette.WIDTH, height=BIN_HEIGHT * len(order), title=TITLE
+        width=palette.WIDTH, height=BIN_HEIGHT * len(order) + AROUND, title=TITLE
     )
     caption = "Outlined: all examples that were tokenized. Filled: the ones that are kept."
     return figure(LENGTHS, chart, TITLE, caption)
