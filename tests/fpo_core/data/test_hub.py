@@ -41,15 +41,15 @@ def conversation(prompt: str, answer: str) -> list[dict[str, str]]:
     return [{"content": prompt, "role": "user"}, {"content": answer, "role": "assistant"}]
 
 
-def parquet(*answers: str) -> bytes:
+def parquet(*answers: str, prompt: str = "Which?") -> bytes:
     rows = [
         {
-            "prompt": "Which?",
+            "prompt": prompt,
             "prompt_id": "0" * 64,
-            "chosen": conversation("Which?", answer),
-            "rejected": conversation("Which?", "None."),
+            "chosen": conversation(prompt, answer),
+            "rejected": conversation(prompt, "None."),
             "score_chosen": 8.0,
-            "messages": conversation("Which?", answer),
+            "messages": conversation(prompt, answer),
             "score_rejected": 2.5,
         }
         for answer in answers
@@ -73,7 +73,7 @@ def hub():
             "README.md": b"# Feedback",
             "data/train_prefs-00000-of-00002.parquet": parquet("one", "two"),
             "data/train_prefs-00001-of-00002.parquet": parquet("three"),
-            "data/test_prefs-00000-of-00001.parquet": parquet("four"),
+            "data/test_prefs-00000-of-00001.parquet": parquet("four", prompt="How many?"),
             "data/train_sft-00000-of-00001.parquet": parquet("unwanted"),
         },
     )
