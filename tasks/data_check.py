@@ -18,6 +18,7 @@ from fpo_core.data.mixture import (
     read_split,
 )
 from fpo_core.data.render import ChatFormat
+from fpo_core.data.sources.addresses import shown
 from fpo_core.data.sources.hub import hub_split
 from fpo_core.data.sources.identity import Resolved, identify_data
 from fpo_core.data.tokenization import Tokenization
@@ -224,7 +225,7 @@ def _from_first_rows(recipe: Recipe, plan: Plan, section: str) -> Iterator[Plann
             yield PlannedSource(
                 section=section,
                 split=split,
-                source=path,
+                source=shown(path),
                 rows=survey.rows,
                 is_sample=is_sample,
                 shapes=tuple(survey.shapes),

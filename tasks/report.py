@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 import yaml
 
+from fpo_core.data.sources.addresses import shown_deep
 from fpo_core.evaluation.audit import RATE
 from fpo_core.report.model import (
     FeatureShift,
@@ -77,7 +78,7 @@ def gather(run: PipelineRun, outcomes: Mapping[str, Outcome]) -> RunReport:
     watched = HELDOUT in policy.manifest["files"]
     metrics = json.loads(evaluation.path("metrics.json").read_text())
     answers = pl.read_parquet(evaluation.path("answers.parquet")).to_dicts()
-    recipe = run.recipe.model_dump(mode="json", exclude_none=True)
+    recipe = shown_deep(run.recipe.model_dump(mode="json", exclude_none=True))
     grouped = BREAKDOWN in evaluation.files
     return RunReport(
         recipe_name=run.recipe.name,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fpo_core.data.render import ChatFormat
+from fpo_core.data.sources.addresses import shown_deep
 from fpo_core.errors import FPOError, Preempted
 from fpo_core.judge import check_judge
 from fpo_core.memory import release_gpu_memory
@@ -235,7 +236,7 @@ class PipelineRun:
             "started": started.isoformat(timespec="seconds"),
             "state": "running",
             "recipe": self.recipe.name,
-            "settings": self.recipe.model_dump(mode="json", exclude_unset=True),
+            "settings": shown_deep(self.recipe.model_dump(mode="json", exclude_unset=True)),
             "stages": list(stages),
             "artifacts": {
                 stage: f"{planned.artifact}/{planned.version}"

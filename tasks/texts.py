@@ -19,6 +19,7 @@ from fpo_core.data.mixture import (
 )
 from fpo_core.data.sources.hub import hub_split
 from fpo_core.data.sources.rows import count_rows
+from fpo_core.data.sources.slices import split_slice
 from fpo_core.recipe import Recipe
 from fpo_core.recipe.data import HeldoutShare, SourceSettings
 from storage.manifest import Manifest
@@ -119,14 +120,15 @@ def _of_source(each: SplitSource) -> Texts | None:
 
 
 def _of_hub(source: str) -> Texts | None:
-    asked = hub_split(source)
+    base, part = split_slice(source)
+    asked = hub_split(base)
     assert asked is not None
     published = PUBLISHED.get(asked.name)
     if published is None or asked.split not in published.rows:
         return None
-    return Texts(
-        published.rows[asked.split], published.prompt, published.answers, published.known_from
-    )
+    rows = published.rows[asked.split]
+    rows = rows if part is None else len(part.bounds(rows))
+    return Texts(rows, published.prompt, published.answers, published.known_from)
 
 
 def _of_files(each: SplitSource) -> Texts | None:

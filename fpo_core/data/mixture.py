@@ -9,6 +9,7 @@ from typing import NamedTuple
 from fpo_core.data.conversations.model import Conversation, share_of
 from fpo_core.data.conversations.reader import Reading, Survey, read_source
 from fpo_core.data.drops import REASONS, DroppedPair
+from fpo_core.data.sources.addresses import shown
 from fpo_core.data.sources.identity import Resolved
 from fpo_core.errors import FPOError
 from fpo_core.recipe.data import DataSettings, HeldoutShare, SourceSettings
@@ -43,7 +44,7 @@ class Surveys:
 
     def of(self, split: str, path: str) -> Survey:
         """Return the survey of a source, made when it is first asked for."""
-        return self.by_source.setdefault((split, path), Survey())
+        return self.by_source.setdefault((split, shown(path)), Survey())
 
 
 def pair_sources(settings: DataSettings) -> dict[str, list[SplitSource]]:
@@ -172,7 +173,7 @@ def _least(one: int | None, other: int | None) -> int | None:
 
 def _all_unusable(path: str, dropped: list[DroppedPair]) -> str:
     return (
-        f"data {path!r}: none of the first {len(dropped):,} rows can be used. "
+        f"data {shown(path)!r}: none of the first {len(dropped):,} rows can be used. "
         f"They were dropped:{told_reasons(dropped)}"
     )
 

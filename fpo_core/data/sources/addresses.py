@@ -1,7 +1,8 @@
 """Addresses of remote files: what is one, and what of it may be shown."""
 
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from fpo_core.data.sources.row import DataFile
@@ -39,3 +40,18 @@ def shown(source: str) -> str:
     if parts.scheme == "s3":
         return source
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def shown_deep(value: Any) -> Any:
+    """Return settings with every address as `shown`: a signed URL is a credential.
+
+    Args:
+        value: plain values, as a recipe is dumped.
+    """
+    if isinstance(value, str):
+        return shown(value)
+    if isinstance(value, Mapping):
+        return {key: shown_deep(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [shown_deep(inner) for inner in value]
+    return value
