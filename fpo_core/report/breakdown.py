@@ -237,10 +237,12 @@ def _marks(labels: Sequence[str], groups: Sequence[Group], who: str) -> list[Any
 def _caption(groups: Sequence[Group]) -> str:
     """Count clear changes; the interval of a few pairs can exclude zero by accident."""
     counted = [group.metrics["accuracy"] for group in groups if not group.is_small]
+    named = "The number of pairs stands behind each name."
+    if not counted:
+        return f"Every group has fewer than {FEW_PAIRS} pairs, too few for a finding. {named}"
     rose = sum(one["difference_low"] > 0 for one in counted)
     fell = sum(one["difference_high"] < 0 for one in counted)
     return (
         f"Groups with {FEW_PAIRS} pairs or more: {len(counted)}. Accuracy clearly rose in {rose} "
-        f"of them and fell in {fell}: the interval of the change excludes zero. The number of pairs "
-        "stands behind each name."
+        f"of them and fell in {fell}: the interval of the change excludes zero. {named}"
     )

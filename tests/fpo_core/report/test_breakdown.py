@@ -46,6 +46,11 @@ def test_a_row_is_what_the_breakdown_says():
     assert "fewer than 10" in section.table.note
     assert section.figure
     assert section.figure.caption.startswith("Groups with 10 pairs or more: 1.")
+    (section,) = sections(
+        example_report(breakdown=broken_down(id=[str(n % 19) for n in range(60)]))
+    )
+    assert section.figure
+    assert section.figure.caption.startswith("Every group has fewer than 10 pairs")
     large = broken_down(topic=["maths", "code"] * 30)
     (section,) = sections(example_report(breakdown=large))
     assert "fewer than 10" not in section.table.note
