@@ -113,7 +113,11 @@ class LocalBackend:
         """See Backend. Renamed into place, or copied from another file system."""
         target = self._path(key)
         with self._temporary(target, uuid.uuid4().hex) as temporary:
+            # A new file has the mode that the umask asks for; safetensors' own are private.
+            temporary.touch()
+            mode = temporary.stat().st_mode
             shutil.move(path, temporary)
+            temporary.chmod(mode)
             with temporary.open("rb") as stream:
                 record = FileRecord(
                     os.fstat(stream.fileno()).st_size,

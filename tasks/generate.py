@@ -135,7 +135,8 @@ def model_source(
     def by_vllm() -> Backend:
         return VllmBackend(folder, model.dtype, tokenizer, sampling)
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = config.get_text_config()
     return AnswerSource(
         chat, config.max_position_embeddings,
         by_vllm if settings.backend == "vllm" else by_transformers,

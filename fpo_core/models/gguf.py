@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fpo_core.files import follow_umask
 from fpo_core.models.source import cache_folder, file_digest
 
 log = logging.getLogger("fpo.models")
@@ -34,7 +35,7 @@ def convert_gguf(path: Path, version: int) -> Path:
     scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
     try:
         _convert(path, scratch)
-        scratch.chmod(0o755)
+        follow_umask(scratch)
         try:
             scratch.rename(target)
         except OSError:

@@ -38,7 +38,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise FPOError(f"model folder {folder.name}: no usable tokenizer ({error})") from error
 
@@ -64,6 +64,8 @@ def load_model(folder: Path, *, dtype: str, attention: str, device: str = "cpu")
             dtype=getattr(torch, dtype),
             attn_implementation=attention_by_parts(attention, device),
             local_files_only=True,
+            use_safetensors=True,  # only these files are hashed
+            trust_remote_code=False,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise FPOError(f"model folder {folder.name} could not be loaded: {error}") from error

@@ -20,6 +20,7 @@ from torch import Tensor
 from fpo_core.data.conversations.model import ASSISTANT, USER, Turn
 from fpo_core.data.render import ChatFormat
 from fpo_core.errors import FPOError
+from fpo_core.files import follow_umask
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.hooks import activations_at
 from fpo_core.recipe.load import SHIPPED
@@ -70,7 +71,7 @@ def make_tiny_gemma(folder: Path, vocabulary: int = TOKENS, seed: int = 0) -> No
             # Measured, as always, without each row's first position.
             read = activations_at(model, hookpoint, rows)[:, SKIP_POSITIONS:]
             save_params(scratch / place, random_sae(read.flatten(0, 1), seed))
-        scratch.chmod(0o755)
+        follow_umask(scratch)
         scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -94,6 +94,13 @@ def existing_folder(source: str) -> Path:
         )
     if not (folder / "config.json").is_file():
         raise FPOError(f"model {source!r}: the folder has no config.json, so it is no model folder")
+    if not any(folder.glob("*.safetensors")):
+        other = sorted(path.name for path in folder.glob("*.bin"))
+        has = f"It has {', '.join(other[:3])}, which is not read" if other else "It has no weights"
+        raise FPOError(
+            f"model {source!r}: the folder has no *.safetensors file. {has}. Load the model with "
+            f"transformers and save it again with save_pretrained, which writes safetensors"
+        )
     if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise FPOError(
             f"model {source!r}: the folder has no tokenizer (tokenizer.json or tokenizer.model). "

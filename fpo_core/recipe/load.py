@@ -7,12 +7,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from fpo_core.errors import RecipeError
 from fpo_core.recipe.data import UNION_TAGS
 from fpo_core.recipe.schema import Recipe
+from fpo_core.recipe.yaml_text import read_yaml
 
 # The checkout's recipes/, beside the packages (the project is installed in place).
 SHIPPED = Path(str(files("fpo_core"))).parent / "recipes"
@@ -72,11 +72,9 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         if not equals or not key.strip():
             raise RecipeError(f"--set {text!r}: write key.path=value, such as train.alpha=1.0")
         try:
-            parsed[key.strip()] = _numbers(yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise RecipeError(
-                f"--set {text!r}: the value is not YAML ({_yaml_fault(error)})"
-            ) from error
+            parsed[key.strip()] = _numbers(read_yaml(value))
+        except RecipeError as error:
+            raise RecipeError(f"--set {text[:200]!r}: the value is wrong: {error}") from error
     return parsed
 
 
@@ -84,9 +82,11 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise RecipeError(f"recipe {path.name}: `base` goes in a circle")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path}: not YAML ({_yaml_fault(error)})") from error
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {path}: not UTF-8 text ({error.reason})") from error
+    except RecipeError as error:
+        raise RecipeError(f"recipe {path}: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(
             f"recipe {path}: a recipe is a mapping of sections (model, data, sae, ...)"
@@ -135,10 +135,6 @@ def _numbers(value: Any) -> Any:
         except ValueError:
             return value
     return value
-
-
-def _yaml_fault(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _explain(path: Path, error: ValidationError) -> str:

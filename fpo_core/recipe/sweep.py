@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from fpo_core.errors import RecipeError
@@ -18,6 +17,7 @@ from fpo_core.recipe.base import Settings
 from fpo_core.recipe.load import SHIPPED, load_recipe, parse_overrides
 from fpo_core.recipe.methods import METHODS
 from fpo_core.recipe.schema import Recipe
+from fpo_core.recipe.yaml_text import read_yaml
 
 Values = Mapping[str, Any]  # by the recipe's key, "train.alpha"
 
@@ -80,8 +80,8 @@ def load_preset(name: str) -> Preset:
             f".yaml file"
         )
     try:
-        return Preset.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError) as error:
+        return Preset.model_validate(read_yaml(path.read_text(encoding="utf-8")))
+    except (RecipeError, ValidationError) as error:
         raise RecipeError(f"sweep {path.name}: {error}") from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from fpo_core.files import follow_umask
 from fpo_core.report import palette, view
 from fpo_core.report.benchmarks import contest_table
 from fpo_core.report.breakdown import FIGURE_NAMES, Section, sections
@@ -122,7 +123,7 @@ def replace_file(path: Path, content: bytes) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
-        temporary.chmod(0o644)  # mkstemp makes it private, a report is to be passed on
+        follow_umask(temporary)  # mkstemp makes it private, and a report is passed on
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

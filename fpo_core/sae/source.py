@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from fpo_core.errors import FPOError
+from fpo_core.files import follow_umask
 from fpo_core.models.source import ModelIdentity, cache_folder, file_digest
 from fpo_core.sae import sparsify
 from fpo_core.sae.formats import CONFIG_FILE, WEIGHTS_FILE, find_files, read_config
@@ -65,6 +66,7 @@ def sae_folder(source: str) -> Path:
     release, _, sae_id = source.partition(":")
     try:
         _fetch(release, sae_id, scratch)
+        follow_umask(scratch)
         _publish(scratch, target)
     except Exception as error:
         said = str(error).strip().partition("\n")[0]

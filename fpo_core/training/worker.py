@@ -118,6 +118,8 @@ class Trainer:
             dtype=torch.float32,
             attn_implementation=attention_by_parts(self.job.attention, self.device),
             local_files_only=True,
+            use_safetensors=True,  # only these files are hashed
+            trust_remote_code=False,
         )
 
     def _engine(self, model: Any) -> Any:

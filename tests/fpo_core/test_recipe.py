@@ -124,7 +124,7 @@ REFUSED = {
     "no equals sign": ("", ("train.alpha",), r"--set 'train\.alpha': write key\.path=value"),
     "value as section": ("", ("name.x=1",), r"'name' is a value, not a section"),
     "bad YAML": ("train: [", (), r"mine\.yaml: not YAML \("),
-    "bad YAML override": ("", ("train={",), r"--set 'train=\{': the value is not YAML"),
+    "bad YAML override": ("", ("train={",), r"--set 'train=\{': the value is wrong: not YAML"),
 }  # fmt: skip
 
 
