@@ -5,6 +5,7 @@ the commands, so that ``--help`` is quick.
 """
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -52,6 +53,27 @@ app = typer.Typer(
     help=EXAMPLES, no_args_is_help=True, rich_markup_mode=None, add_completion=False,
     pretty_exceptions_enable=False,
 )  # fmt: skip
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"fpo-pipeline {version('fpo-pipeline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Take the options of `fpo` itself; the help text is the app's."""
+
 
 Recipe = Annotated[
     str, typer.Argument(help="A shipped recipe (quickstart, gemma2b, ...) or a .yaml file.")
@@ -267,6 +289,9 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: of the command line; the process's own where left out.
     """
     set_quiet_defaults()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale that lacks a character ends nothing
+            stream.reconfigure(errors="backslashreplace")
     # Prefect's own log lines are for its UI; here a person reads ours.
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_LOGGING_TO_API_ENABLED", "false")

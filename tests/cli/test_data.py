@@ -1,6 +1,9 @@
 """``fpo data check``: what it says of files and recipes, and its exit codes."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +107,20 @@ def test_a_plan_says_what_the_sources_are_read_as(fpo, tmp_path):
     data = f"data.train=[{write(tmp_path / 'd.jsonl', rows)}]"
     done = fpo("plan", recipe, "--set", data, "--store", tmp_path / "store")
     assert "d.jsonl: 4 rows, read as prompt, chosen, rejected, not used: note" in done.out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_locale_that_lacks_characters_ends_nothing(model, tmp_path, encoding):
+    path = write(tmp_path / "d.jsonl", [{**PAIR, "chosen": "日本, é, 🙂"}])
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "cli.main", "data", "check", str(path), *model]
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+    assert b"1 train examples" in done.stdout
+
+
+def test_the_command_tells_its_version(fpo):
+    done = fpo("--version")
+    assert done.code == 0
+    assert done.out.startswith("fpo-pipeline ")
