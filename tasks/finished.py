@@ -171,7 +171,7 @@ class StoredRuns:
         settings = {
             **_contents(policy, pairs),
             **self._places(policy),
-            **_section("train", policy, but=("attention",)),
+            **_section("train", policy, but=("attention", "parts")),
             **_section("data", pairs),
             **_section("model", made_of("reference")),
             **_section("features", made_of("features"), but=("layer", "site", "pinned", "dtype",

@@ -17,6 +17,7 @@ from fpo_core.models.chat_template import chat_template_of, writes_date
 from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe
 from fpo_core.recipe.data import HeldoutShare, SourceSettings, TextSettings
+from fpo_core.recipe.methods import METHODS
 from fpo_core.recipe.options import objective_options
 from fpo_core.recipe.training import OptimizerSettings, TrainSettings
 from fpo_core.sae.source import declared_width, identify_sae
@@ -325,7 +326,9 @@ def _source_options(sources: Mapping[str, Sequence[SourceSettings]]) -> dict[str
 def _train_part(settings: TrainSettings) -> dict[str, Any]:
     """The settings with the objective's own filled in: writing a default out changes nothing."""
     options = objective_options(settings)._asdict()
-    return {**settings.model_dump(exclude={*options, "length_norm"}), **options}
+    part = {**settings.model_dump(exclude={*options, "length_norm"}), **options}
+    # What a name means enters too: of a redefined objective no old policy is reused.
+    return {**part, "parts": METHODS[settings.method].parts}
 
 
 def _digest(values: list[str]) -> str:

@@ -28,6 +28,12 @@ class Method(NamedTuple):
     alpha: float | None = None  # weight of the constraint; None with a constraint: 1
 
     @property
+    def parts(self) -> dict[str, str | None]:
+        """Return what the objective is made of, without the numbers that a recipe can set."""
+        numbers = ("held", "beta", "gamma", "alpha")
+        return {name: part for name, part in self._asdict().items() if name not in numbers}
+
+    @property
     def needs_reference_model(self) -> bool:
         """Whether training has to hold a live reference (for the KL); the others use caches."""
         return self.constraint == "kl"

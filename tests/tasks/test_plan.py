@@ -115,13 +115,24 @@ def test_versions_are_pinned(recipe, store):
         "train": [
             "activation_checkpointing", "alpha", "attention", "batch_size", "beta",
             "bucket_batches", "epochs", "gamma", "groups", "index_set", "k", "lr",
-            "max_grad_norm", "method", "optimizer", "per_token", "pooled", "schedule", "seed",
+            "max_grad_norm", "method", "optimizer", "parts", "per_token", "pooled", "schedule", "seed",
             "stop_gradient", "warmup_steps", "window_shards", "zero_stage",
         ],
         "evaluate": [
             "attention", "bootstrap", "k", "max_new_tokens", "prompts", "seed", "temperature",
         ],
     }  # fmt: skip
+
+
+def test_a_redefined_objective_reuses_no_policy(recipe, store, monkeypatch):
+    from fpo_core.recipe.methods import METHODS
+
+    settings = load_recipe(str(recipe))
+    before = make_plan(settings, store)
+    monkeypatch.setitem(METHODS, "fpo", METHODS["fpo"]._replace(margin="gamma", gamma=0.0))
+    after = make_plan(settings, store)
+    assert after.version("features") == before.version("features")
+    assert after.version("train") != before.version("train")
 
 
 def test_selection(recipe, store):
