@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 from fpo_core.data.sources.identity import Resolved, identify_data
 from fpo_core.errors import FPOError, UsageError
 from fpo_core.models.chat_template import chat_template_of, writes_date
+from fpo_core.models.shape import model_shape
 from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe
 from fpo_core.recipe.data import HeldoutShare, SourceSettings, TextSettings
 from fpo_core.recipe.methods import METHODS
 from fpo_core.recipe.options import objective_options
 from fpo_core.recipe.training import OptimizerSettings, TrainSettings
-from fpo_core.sae.source import declared_width, identify_sae
+from fpo_core.sae.source import declared_input_width, declared_width, identify_sae
 from storage.lineage import input_artifacts
 from storage.store import Store
 from storage.version import artifact_version
@@ -129,6 +130,7 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
     saes = [_sae_input(recipe, planner, reference, data)]
     saes += [_stored_sae(other.source, unresolved) for other in recipe.sae.also]
     _check_features_fit(recipe)
+    _check_saes_fit_the_model(recipe)
     part = {**_tokenize_part(recipe), **dated}
     planner.add("tokenize", part, {"model": model.value, **digests})
     inference = recipe.model.model_dump(include={"dtype", "attention"})
@@ -260,6 +262,33 @@ def _stored_sae(source: str, unresolved: list[str]) -> str:
     if not identity.resolved:
         unresolved.append(f"sae {source}")
     return identity.value
+
+
+def _check_saes_fit_the_model(recipe: Recipe) -> None:
+    """Refuse an SAE that no layer of the model fits, before a warm start takes its hours.
+
+    Goes by the files' declarations, where the model's configuration is on this machine.
+
+    Raises:
+        FPOError: a layer that the model does not have, or activations of another width.
+    """
+    known = model_shape(recipe.model.source, recipe.model.revision)
+    if known is None:
+        return
+    shape = known[0]
+    sources = (recipe.sae.source, *(other.source for other in recipe.sae.also))
+    for source, (layer, site) in zip(sources, recipe.hookpoints, strict=True):
+        if layer >= shape.layers and site != "final_norm":
+            raise FPOError(
+                f"sae.layer={layer}, but {recipe.model.source} has {shape.layers} decoder blocks, "
+                f"0 to {shape.layers - 1}"
+            )
+        width = None if source is None else declared_input_width(source)
+        if width is not None and width != shape.hidden:
+            raise FPOError(
+                f"SAE {source}: it reads activations of width {width} (d_in), the model's hidden "
+                f"size is {shape.hidden}; choose an SAE trained on this model"
+            )
 
 
 def _check_features_fit(recipe: Recipe) -> None:

@@ -39,6 +39,12 @@ def declared_width(source: str) -> int | None:
     return read_config(find_files(place)).d_sae if place else None
 
 
+def declared_input_width(source: str) -> int | None:
+    """Return d_in as the SAE's files declare it; None for a release that was never fetched."""
+    place = _place(source)
+    return read_config(find_files(place)).d_in if place else None
+
+
 def local_folder(source: str) -> Path:
     """The place of a local SAE, checked to be one that is supported: a folder, or a file.
 

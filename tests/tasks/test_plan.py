@@ -115,8 +115,8 @@ def test_versions_are_pinned(recipe, store):
         "train": [
             "activation_checkpointing", "alpha", "attention", "batch_size", "beta",
             "bucket_batches", "epochs", "gamma", "groups", "index_set", "k", "lr",
-            "max_grad_norm", "method", "optimizer", "parts", "per_token", "pooled", "schedule", "seed",
-            "stop_gradient", "warmup_steps", "window_shards", "zero_stage",
+            "max_grad_norm", "method", "optimizer", "parts", "per_token", "pooled", "schedule",
+            "seed", "stop_gradient", "warmup_steps", "window_shards", "zero_stage",
         ],
         "evaluate": [
             "attention", "bootstrap", "k", "max_new_tokens", "prompts", "seed", "temperature",
@@ -133,6 +133,21 @@ def test_a_redefined_objective_reuses_no_policy(recipe, store, monkeypatch):
     after = make_plan(settings, store)
     assert after.version("features") == before.version("features")
     assert after.version("train") != before.version("train")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("sae.layer=99", r"sae\.layer=99, but .* has 3 decoder blocks, 0 to 2"),
+        ("sae.source={wide}", r"reads activations of width 48 \(d_in\).* is 32; choose an SAE"),
+    ],
+)
+def test_an_sae_that_does_not_fit_the_model_is_refused_by_the_plan(
+    recipe, store, tmp_path, change, told
+):
+    wide = save_sae(tmp_path / "wide", d_in=48)
+    with pytest.raises(FPOError, match=told):
+        make_plan(load_recipe(str(recipe), [change.format(wide=wide)]), store)
 
 
 def test_selection(recipe, store):
