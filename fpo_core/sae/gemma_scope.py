@@ -27,9 +27,12 @@ ARRAYS = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
 SCALING = "scaling_factor"
 
 _LAYER = re.compile(r"layer_(\d+)")
-_RELEASE = re.compile(r"gemma-scope-[\w.]+-(?:pt|it)-(res|mlp|att)\b")
+_RELEASE = re.compile(r"gemma-scope-[\w.]+-(?:pt|it)-([a-z]+)")
 # The sites as sae-lens names them, like the hook names of its own format.
 _HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
+# Folder names of dictionaries that predict another tensor than the one they read.
+_NO_SAE = re.compile(r"transcoder|crosscoder|(?:^|[-_])clt(?:[-_]|$)", re.IGNORECASE)
+_NEAR = 5  # folders above the weights: release, layer, width, L0, and one of the user's
 
 
 def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -104,19 +107,55 @@ def read_config(file: Path) -> SaeConfig:
 
 
 def declared_hook(file: Path) -> str:
-    """Where the path says that the SAE reads, in sae-lens' words.
+    """Return the hook that the path names, in sae-lens' words.
 
     ``blocks.25.hook_resid_post``; ``blocks.25`` where it names the layer alone, "" where neither.
     The path counts as it is written: a download cache's links end in names that say nothing.
+
+    Raises:
+        FPOError: the path names something that is no SAE, or a site that is not known.
     """
     parts = file.absolute().parts
     if "embedding" in parts[-4:]:
         return "hook_embed"
     layer = next((found[1] for part in reversed(parts) if (found := _LAYER.fullmatch(part))), None)
     site = next((found[1] for part in reversed(parts) if (found := _RELEASE.search(part))), None)
+    if site is None:
+        refuse_by_folder(file)
+    elif site not in _HOOKS:
+        raise unknown_site(file, site, tuple(_HOOKS))
     if layer is None:
         return ""
     return f"blocks.{int(layer)}.{_HOOKS[site]}" if site else f"blocks.{int(layer)}"
+
+
+def refuse_by_folder(file: Path) -> None:
+    """Raise if a folder near the weights is named after transcoders or crosscoders.
+
+    Args:
+        file: the weights.
+    """
+    for part in file.absolute().parts[-_NEAR - 1 : -1]:
+        if _NO_SAE.search(part):
+            raise FPOError(
+                f"SAE {file}: its folder {part!r} holds transcoders or crosscoders. They predict "
+                f"another tensor than the one they read, so they are not supported. Choose an SAE"
+            )
+
+
+def unknown_site(file: Path, site: str, known: tuple[str, ...]) -> FPOError:
+    """Return the error for a site in a path of Gemma Scope that is not in its table.
+
+    Args:
+        file: the weights.
+        site: as the path has it.
+        known: the sites of SAEs in that release.
+    """
+    kind = "transcoders" if _NO_SAE.search(site) else "an unknown site"
+    return FPOError(
+        f"SAE {file}: its path names {site!r}, {kind}; SAEs are in {', '.join(known)}. Choose one "
+        f"of these, or rename the folder if it is one"
+    )
 
 
 def _check_names(file: Path, found: set[str]) -> None:

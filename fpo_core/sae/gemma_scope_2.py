@@ -12,16 +12,18 @@ from typing import Any
 
 from fpo_core.errors import FPOError
 from fpo_core.sae.config import SaeConfig
+from fpo_core.sae.gemma_scope import refuse_by_folder, unknown_site
 from fpo_core.sae.safetensors_file import read_shapes
 
 PARAMS_FILE, CONFIG_FILE = "params.safetensors", "config.json"
 
+_RELEASE = "gemma-scope-2-"
 _LAYER = re.compile(r"layer_(\d+)(?:_.*)?")
 _HOOKS = {"resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out", "attn_out": "attn.hook_z"}
 
 
 def parse_config(given: dict[str, Any], file: Path) -> SaeConfig:
-    """What the SAE declares.
+    """Return what the SAE declares.
 
     Args:
         given: content of its ``config.json``; empty where there is none.
@@ -30,11 +32,8 @@ def parse_config(given: dict[str, Any], file: Path) -> SaeConfig:
     Raises:
         FPOError: a transcoder, another architecture, or no such SAE's weights.
     """
-    kind = given.get("architecture", "jump_relu")
-    out = given.get("hf_hook_point_out")
-    if kind != "jump_relu" or (out and out != given.get("hf_hook_point_in")):
-        what = f"architecture {kind!r}" if kind != "jump_relu" else f"a transcoder (to {out})"
-        raise FPOError(f"SAE {file.parent}: {what} is not supported; choose a JumpReLU SAE")
+    _refuse_declared(given, file)
+    hook = _hook_of_path(file)
     shapes = read_shapes(file)
     if len(shapes.get("w_enc", ())) != 2:
         raise FPOError(
@@ -42,15 +41,44 @@ def parse_config(given: dict[str, Any], file: Path) -> SaeConfig:
         )
     d_in, d_sae = shapes["w_enc"]
     return SaeConfig(
-        "jumprelu", d_in, d_sae, centred=False, hook=_hook_of_path(file),
-        hf_hook=str(given.get("hf_hook_point_in") or ""), prepend_bos=True,
-    )  # fmt: skip
+        "jumprelu",
+        d_in,
+        d_sae,
+        centred=False,
+        hook=hook,
+        hf_hook=str(given.get("hf_hook_point_in") or ""),
+        prepend_bos=True,
+    )
+
+
+def _refuse_declared(given: dict[str, Any], file: Path) -> None:
+    kind = given.get("architecture", "jump_relu")
+    if kind != "jump_relu":
+        raise FPOError(
+            f"SAE {file.parent}: architecture {kind!r} is not supported; choose a JumpReLU SAE"
+        )
+    out = given.get("hf_hook_point_out")
+    if out and out != given.get("hf_hook_point_in"):
+        raise FPOError(
+            f"SAE {file.parent}: a transcoder (to {out}) is not supported; choose a JumpReLU SAE"
+        )
+    if given.get("affine_connection"):
+        raise FPOError(
+            f"SAE {file.parent}: a transcoder (affine_connection=true) is not supported; choose a "
+            f"JumpReLU SAE"
+        )
+    kind = given.get("type", "sae")
+    if kind != "sae":
+        raise FPOError(f"SAE {file.parent}: type {kind!r} is not supported; choose one of type sae")
 
 
 def _hook_of_path(file: Path) -> str:
-    *_, site, folder, _ = ("", "", *file.absolute().parts)
+    *above, site, folder, _ = ("", "", *file.absolute().parts)
     layer = _LAYER.fullmatch(folder)
-    site = site.removesuffix("_all")  # every layer's, in fewer widths
-    if not layer:
-        return ""
-    return f"blocks.{layer[1]}" + (f".{_HOOKS[site]}" if site in _HOOKS else "")
+    published = site.removesuffix("_all")  # every layer's, in fewer widths
+    if published in _HOOKS:
+        return f"blocks.{layer[1]}.{_HOOKS[published]}" if layer else ""
+    if layer and any(_RELEASE in part for part in above):
+        raise unknown_site(file, site, tuple(_HOOKS))
+    refuse_by_folder(file)
+    return f"blocks.{layer[1]}" if layer else ""
