@@ -280,8 +280,8 @@ def _check_saes_fit_the_model(recipe: Recipe) -> None:
     for source, (layer, site) in zip(sources, recipe.hookpoints, strict=True):
         if layer >= shape.layers and site != "final_norm":
             raise FPOError(
-                f"sae.layer={layer}, but {recipe.model.source} has {shape.layers} decoder blocks, "
-                f"0 to {shape.layers - 1}"
+                f"sae.layer={layer}: there is no layer {layer}, the model has layers 0 to "
+                f"{shape.layers - 1}"
             )
         width = None if source is None else declared_input_width(source)
         if width is not None and width != shape.hidden:

@@ -138,7 +138,7 @@ def test_a_redefined_objective_reuses_no_policy(recipe, store, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("sae.layer=99", r"sae\.layer=99, but .* has 3 decoder blocks, 0 to 2"),
+        ("sae.layer=99", r"sae\.layer=99: there is no layer 99, the model has layers 0 to 2"),
         ("sae.source={wide}", r"reads activations of width 48 \(d_in\).* is 32; choose an SAE"),
     ],
 )
