@@ -8,7 +8,7 @@ out of theirs, and some templates end a turn with plain text.
 import datetime as dt
 import logging
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -112,7 +112,10 @@ class ChatFormat:
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Return token ids; the template has already written the special tokens."""
         # transformers' tokenizers fail on an empty list.
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        if not texts:
+            return []
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+        return encoded["input_ids"]
 
     @cached_property
     def _answered(self) -> tuple[str, str, str]:
@@ -192,10 +195,11 @@ class ChatFormat:
             )
 
     def _dated_template(self, tools: Sequence[Any] | None) -> str | None:
-        """Return the template with the date pinned, None where no date was given."""
+        """Return the template with the date pinned, None where there is no date to pin."""
         if self._date is None:
             return None
-        return pinned_date(self._date) + self.tokenizer.get_chat_template(tools=tools)
+        template = self.tokenizer.get_chat_template(tools=tools)
+        return pinned_date(self._date) + template if "strftime_now" in template else None
 
     def _halos(self, messages: Sequence[Message], *, closed: bool) -> str:
         text = "\n".join(f"<|{turn['role']}|>\n{turn['content']}" for turn in messages)
@@ -204,6 +208,7 @@ class ChatFormat:
         return (self.tokenizer.bos_token or "") + text + ending
 
 
+@cache
 def pinned_date(date: dt.date) -> str:
     """Return the beginning of a chat template in which `strftime_now` tells a fixed date.
 

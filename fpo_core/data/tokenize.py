@@ -6,12 +6,11 @@ its reason, as is one that is too long, empty or without preference.
 """
 
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from fpo_core.data.conversations.model import ASSISTANT, SYSTEM, USER, Conversation, Turn
 from fpo_core.data.drops import DroppedPair, Unusable
@@ -273,7 +272,7 @@ class Tokenizer:
         for side in rendered.sides:
             edges, rest = rest[: len(side)], rest[len(side) :]
             whole = edges[-1]
-            if any(whole[: len(edge)] != edge for edge in (prompt, *edges)):
+            if any(whole[: len(edge)] != edge for edge in (prompt, *edges[:-1])):
                 raise Unusable("boundary")
             answers.append(whole[len(prompt) :])
             unscored.append(_unscored([len(edge) - len(prompt) for edge in edges]))
@@ -296,7 +295,7 @@ class Tokenizer:
     def _check_duplicate(self, cut: Cut) -> None:
         digest = hashlib.blake2b(digest_size=16)
         for ids in (cut.prompt, *cut.answers):
-            digest.update(np.array([len(ids), *ids], dtype=np.int64).tobytes())
+            digest.update(array("q", [len(ids), *ids]).tobytes())
         key = digest.digest()
         if key in self._seen:
             raise Unusable("duplicate")

@@ -139,7 +139,9 @@ def value_at(row: Mapping[str, Any], path: str, field: str) -> Any:
 
 def _unused_keys(messages: list[Any]) -> Iterator[str]:
     for message in messages:
-        if isinstance(message, Mapping) and any(message.get(key) for key in ROLE_KEYS):
+        if not isinstance(message, Mapping) or message.keys() <= MESSAGE_KEYS:
+            continue
+        if any(message.get(key) for key in ROLE_KEYS):
             for key, value in message.items():
                 if key not in MESSAGE_KEYS and not is_absent(value):
                     yield key

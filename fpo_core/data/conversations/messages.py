@@ -48,6 +48,7 @@ EXTRA_KEYS = (
 )
 MESSAGE_KEYS = frozenset({*ROLE_KEYS, *CONTENT_KEYS, *EXTRA_KEYS, "weight"})
 MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
+_PLAIN_KEYS = {"role", "content"}
 _MESSAGES_KEYS = ("messages", "conversations", "conversation", "turns")
 _JSON_LIST = re.compile(r"\s*\[\s*\{")
 
@@ -69,6 +70,10 @@ def turn_of(message: Any, default_role: str | None = None) -> Turn:
     """
     if not isinstance(message, Mapping):
         raise Unusable("not_text", f"a turn is {_kind(message)}, expected role and content")
+    if message.keys() == _PLAIN_KEYS:  # most messages of most files
+        role, content = message["role"], message["content"]
+        if type(role) is type(content) is str and role in ROLES:
+            return Turn(ROLES[role], content)
     media = next((key for key in MEDIA_KEYS if not is_absent(message.get(key))), None)
     if media:
         raise Unusable("images", f"a turn has {media!r}, this pipeline reads text only")

@@ -87,7 +87,11 @@ def _repeats(fields: Fields, name: str, sides: list[list[Turn]]) -> bool:
     """Return whether a column of messages is one of the sides, as in UltraFeedback's."""
     if name not in ("messages", "conversations", "conversation") or name not in fields:
         return False
-    turns = turns_of(fields.peek(name), f"{name!r}")
+    value = fields.peek(name)
+    if value in (fields.peek("chosen"), fields.peek("rejected")):
+        fields.take(name)
+        return True
+    turns = turns_of(value, f"{name!r}")
     is_side = turns in sides
     others = [other for other in PROMPTS if other != name and other in fields]
     if not is_side and not (others and turns[-1:] in [side[-1:] for side in sides]):
