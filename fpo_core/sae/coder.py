@@ -7,8 +7,9 @@ What an SAE declares is honoured or refused by name, never ignored. Encoding is 
 Shapes: N tokens, F = d_sae.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from fpo_core.errors import FPOError
 from fpo_core.hookpoint import Hookpoint
 from fpo_core.models.architectures import architecture_of
 from fpo_core.models.hooks import hooked_module
+from fpo_core.sae.architectures import ARCHITECTURES, Activated
 from fpo_core.sae.config import Normalization
 from fpo_core.sae.declared import declared_place
 from fpo_core.sae.formats import find_files, read_config
@@ -27,13 +29,6 @@ from fpo_core.sae.weights import read_weights
 
 # Activations held at a time: chunks of tokens get shorter as the SAE gets wider.
 CHUNK_ELEMENTS = 1 << 23
-
-
-class Gate(NamedTuple):
-    """What a gated SAE has beside the weights: a feature is on where x W + bias is positive."""
-
-    bias: Tensor  # [F] b_gate
-    scale: Tensor  # [F] exp(r_mag): of the shared weights in the magnitude path
 
 
 class ActiveFeatures(NamedTuple):
@@ -48,17 +43,18 @@ class ActiveFeatures(NamedTuple):
 
 
 class SparseCoder(NamedTuple):
-    """Weights of a ReLU (``standard``), JumpReLU, TopK or gated SAE, in float32."""
+    """Weights of an SAE in float32, and its row of ``ARCHITECTURES``."""
 
     W_enc: Tensor  # [d_in, F]
-    b_enc: Tensor  # [F]; b_mag of a gated one
+    b_enc: Tensor  # [F]; zeros where the architecture has none
     threshold: Tensor  # [F]; zeros but for JumpReLU
     W_dec: Tensor | None  # [F, d_in]; None where it is only encoded
     b_dec: Tensor  # [d_in]
     centred: bool  # b_dec is subtracted from the input (apply_b_dec_to_input)
     hook: str  # the hookpoint it declares, "" when it declares none
     k: int | None = None  # TopK: features kept a token
-    gate: Gate | None = None  # gated only
+    architecture: str = "jumprelu"
+    vectors: Mapping[str, Tensor] = MappingProxyType({})  # [F] what else the architecture has
     normalization: Normalization = "none"  # of each token's activation, before all else
     removes_mean: bool = False  # takes each token's mean over d_in away, before that
     hf_hook: str = ""  # the Hugging Face module path that it declares beside ``hook``
@@ -82,7 +78,7 @@ class SparseCoder(NamedTuple):
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations [N, F] of activations [N, d_in]."""
-        acts = self._activate(self._centre(x), slice(None))
+        acts = self._features(x, slice(None))
         if self.k is None:
             return acts
         values, indices = torch.topk(acts, min(self.k, acts.shape[1]), dim=1)
@@ -95,10 +91,9 @@ class SparseCoder(NamedTuple):
         return ActiveFeatures(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
     def _active(self, x: Tensor, first: int) -> ActiveFeatures:
-        if self.k is None and self.gate is None:
-            # What is below the threshold is left where it is: to zero it would be another pass.
-            acts = torch.addmm(self.b_enc, self._centre(x), self.W_enc)
-            fires = acts > self.threshold.clamp_min(0.0)
+        if self.k is None:
+            # Values that do not fire are left as they are: setting them to zero is another pass.
+            acts, fires = self._activated(x, slice(None))
         else:
             acts = self.encode(x)
             fires = acts > 0
@@ -110,19 +105,23 @@ class SparseCoder(NamedTuple):
 
     def encode_columns(self, x: Tensor, columns: Tensor) -> Tensor:
         """Activations [N, m] of the features ``columns`` [m] alone, with gradient to ``x``."""
-        acts = self._activate(self._centre(x), columns)
+        acts = self._features(x, columns)
         return acts if self.k is None else acts * self._kept(x, columns)
 
-    def _activate(self, centred: Tensor, columns: Tensor | slice) -> Tensor:
-        """Each feature by itself, before any choice among a token's features."""
-        weight = self.W_enc[:, columns]
-        if self.gate is None:
-            pre_acts = torch.addmm(self.b_enc[columns], centred, weight)
-            # In place, which no gradient minds: a wide SAE's time goes into passes like this.
-            return pre_acts.mul_(pre_acts.detach() > self.threshold[columns].clamp_min(0.0))
-        projected = centred @ weight
-        magnitude = projected * self.gate.scale[columns] + self.b_enc[columns]
-        return torch.where(projected + self.gate.bias[columns] > 0, magnitude, 0.0).clamp_min(0.0)
+    def _features(self, x: Tensor, columns: Tensor | slice) -> Tensor:
+        """Return each feature alone, before any choice among a token's features."""
+        values, fires = self._activated(x, columns)
+        # In place, which no gradient minds: a wide SAE's time goes into passes like this.
+        return values.mul_(fires)
+
+    def _activated(self, x: Tensor, columns: Tensor | slice) -> Activated:
+        """Return what the architecture makes of activations: the only call of its function."""
+        vectors = {"b_enc": self.b_enc, "threshold": self.threshold, **self.vectors}
+        return ARCHITECTURES[self.architecture].activate(
+            self._centre(x),
+            self.W_enc[:, columns],
+            {name: vector[columns] for name, vector in vectors.items()},
+        )
 
     @torch.no_grad()
     def _kept(self, x: Tensor, columns: Tensor) -> Tensor:
@@ -157,9 +156,7 @@ class SparseCoder(NamedTuple):
         """The same coder on another device."""
         moved = [part.to(device) if isinstance(part, Tensor) else part for part in self]
         coder = SparseCoder(*moved)  # pyright: ignore[reportArgumentType]
-        if self.gate is None:
-            return coder
-        return coder._replace(gate=Gate(*(part.to(device) for part in self.gate)))
+        return coder._replace(vectors={n: vector.to(device) for n, vector in self.vectors.items()})
 
 
 class AttachedSae(NamedTuple):
@@ -182,15 +179,25 @@ def load_coder(folder: Path, *, decoder: bool = True) -> SparseCoder:
     files = find_files(folder)
     config = read_config(files)
     state = read_weights(files, config, decoder=decoder)
-    gated = config.architecture == "gated"
-    bias = state["b_mag"] if gated else state["b_enc"]
+    architecture = ARCHITECTURES[config.architecture]
+    vectors = {name: state[name] for name in architecture.vectors}
+    zeros = torch.zeros(config.d_sae)
     return SparseCoder(
-        state["W_enc"], bias, state.get("threshold", torch.zeros_like(bias)), state.get("W_dec"),
-        state["b_dec"], config.centred, config.hook, k=config.k,
-        gate=Gate(state["b_gate"], state["r_mag"].exp()) if gated else None,
-        normalization=config.normalization, removes_mean=config.removes_mean,
-        hf_hook=config.hf_hook, prepend_bos=config.prepend_bos,
-    )  # fmt: skip
+        state["W_enc"],
+        vectors.pop("b_enc", zeros),
+        vectors.pop("threshold", zeros),
+        state.get("W_dec"),
+        state["b_dec"],
+        config.centred,
+        config.hook,
+        k=config.k,
+        architecture=config.architecture,
+        vectors=vectors,
+        normalization=config.normalization,
+        removes_mean=config.removes_mean,
+        hf_hook=config.hf_hook,
+        prepend_bos=config.prepend_bos,
+    )
 
 
 def check_fits(coder: SparseCoder, model: Any, hookpoint: Hookpoint, name: str) -> None:

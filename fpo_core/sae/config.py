@@ -6,13 +6,11 @@ Every key is honoured, refused by name, or in a list of those that change nothin
 from typing import Any, Literal, NamedTuple, get_args
 
 from fpo_core.errors import FPOError
+from fpo_core.sae.architectures import ARCHITECTURES
 
 # What is done to each token's activation first; ``normalize.py`` does it.
 Normalization = Literal["none", "constant_norm_rescale", "layer_norm"]
 NORMALIZATIONS = get_args(Normalization)
-
-# A BatchTopK or Matryoshka SAE is stored as the JumpReLU that it is at inference.
-ARCHITECTURES = ("standard", "jumprelu", "topk", "gated")
 
 _TRANSCODER = "it predicts an MLP's output from its input and is no SAE of one place"
 _CHECKPOINT = "it is a training checkpoint; save it with sae-lens' save_inference_model"

@@ -8,17 +8,11 @@ from torch import Tensor
 
 from fpo_core.errors import FPOError
 from fpo_core.sae import gemma_scope, sparsify
+from fpo_core.sae.architectures import ARCHITECTURES
 from fpo_core.sae.config import SaeConfig
 from fpo_core.sae.formats import SaeFiles
 from fpo_core.sae.safetensors_file import read_tensors
 
-_COMMON = ("W_enc", "W_dec", "b_dec")
-_TENSORS = {
-    "standard": (*_COMMON, "b_enc"),
-    "jumprelu": (*_COMMON, "b_enc", "threshold"),
-    "topk": (*_COMMON, "b_enc"),
-    "gated": (*_COMMON, "b_mag", "b_gate", "r_mag"),
-}
 # A factor on the reconstruction that older files carry, all ones unless it was fine-tuned.
 _SCALING = "scaling_factor"
 
@@ -59,7 +53,7 @@ def _check(state: dict[str, Tensor], config: SaeConfig, files: SaeFiles) -> None
         raise FPOError(
             f"SAE {name}: a {_SCALING} other than 1 is not supported; fold it into the weights"
         )
-    wanted = _TENSORS[config.architecture]
+    wanted = ARCHITECTURES[config.architecture].tensors
     missing = next((tensor for tensor in wanted if tensor not in state), None)
     if missing:
         raise FPOError(

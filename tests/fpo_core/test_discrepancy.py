@@ -14,7 +14,7 @@ from fpo_core.features.discrepancy import (
     token_discrepancy,
 )
 from fpo_core.features.pool import TopFeatures, pool_features, top_features
-from fpo_core.sae.coder import Gate, SparseCoder
+from fpo_core.sae.coder import SparseCoder
 
 
 def make_coder(d_in=6, d_sae=20, seed=0, centred=True, kind="jumprelu"):
@@ -30,8 +30,9 @@ def make_coder(d_in=6, d_sae=20, seed=0, centred=True, kind="jumprelu"):
     if kind == "topk":
         return coder._replace(k=4)
     if kind == "gated":
-        bias, scale = (0.3 * torch.randn(d_sae, generator=g) for _ in range(2))
-        return coder._replace(gate=Gate(bias, scale.exp()))
+        b_gate, r_mag = (0.3 * torch.randn(d_sae, generator=g) for _ in range(2))
+        vectors = {"b_mag": coder.b_enc, "b_gate": b_gate, "r_mag": r_mag}
+        return coder._replace(architecture="gated", vectors=vectors)
     return coder
 
 
@@ -41,9 +42,9 @@ def full_encode(coder, x):
         t.double() for t in (coder.W_enc, coder.b_enc, coder.threshold, coder.b_dec)
     )
     projected = (x.double() - b_dec * coder.centred) @ W
-    if coder.gate is not None:
-        on = projected + coder.gate.bias.double() > 0
-        return on * torch.relu(projected * coder.gate.scale.double() + b)
+    if coder.architecture == "gated":
+        b_mag, b_gate, r_mag = (vector.double() for vector in coder.vectors.values())
+        return (projected + b_gate > 0) * torch.relu(projected * r_mag.exp() + b_mag)
     pre = projected + b
     if coder.k is not None:
         kth = pre.sort(dim=1, descending=True).values[:, coder.k - 1, None]
