@@ -155,7 +155,7 @@ class _Processes:
             if self._ending:
                 return None
             process = subprocess.Popen(
-                [sys.executable, "-m", "flows.cell"], stdin=subprocess.PIPE,
+                [sys.executable, "-m", "fpo_core", "flows.cell"], stdin=subprocess.PIPE,
                 stderr=subprocess.PIPE, text=True, preexec_fn=end_with_parent(),
                 env={**self._threads, **os.environ, **_same_server()},
             )  # fmt: skip

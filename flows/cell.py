@@ -1,4 +1,4 @@
-"""One cell of a sweep, in a process of its own: ``python -m flows.cell``, the job on stdin.
+"""One cell of a sweep, in its own process: ``python -m fpo_core flows.cell``, the job on stdin.
 
 A cell that runs out of memory or is killed does not take the sweep along, and training's workers
 have a main thread above them whose signals are theirs alone.

@@ -8,7 +8,7 @@ import yaml
 from prefect import Flow
 from prefect.flows import load_flow_from_entrypoint
 
-from flows.checkout import enter
+from fpo_core.checkout import enter
 from flows.parameters import run_name
 from fpo_core.errors import FPOError
 from fpo_core.recipe import load_recipe
@@ -38,7 +38,7 @@ def test_a_stages_flow_for_each_pool_that_a_recipe_names():
     names = {name_of(one) for one in DEPLOYMENTS if one["entrypoint"].endswith("fpo_stages")}
     pools = load_recipe("gemma2b").resources.pools
     assert pools is not None
-    assert names == {f"flows.stages.fpo_stages/{pool}" for pool in (pools.cpu, pools.gpu)}
+    assert names == {f"fpo_core.deployed.fpo_stages/{pool}" for pool in (pools.cpu, pools.gpu)}
 
 
 def test_a_run_begins_in_the_folder_that_the_worker_was_given(monkeypatch, tmp_path):

@@ -95,7 +95,7 @@ def test_nothing_of_the_deploying_machine_is_in_a_deployment(site):
         assert str(ROOT) not in deployment.model_dump_json()
         assert str(site.folder) not in deployment.model_dump_json()
         assert isinstance(deployment.pull_steps, list)
-        assert deployment.pull_steps == [{"flows.checkout.enter": {}}]
+        assert deployment.pull_steps == [{"fpo_core.checkout.enter": {}}]
         schema = deployment.parameter_openapi_schema
         assert schema
         undescribed = [n for n, one in schema["properties"].items() if "description" not in one]

@@ -1,10 +1,10 @@
 """The pull step of the deployments: where a worker's flow runs begin."""
 
 import os
-from importlib.resources import files
 from pathlib import Path
 
 from fpo_core.errors import FPOError
+from fpo_core.own_names import ROOT
 
 
 def enter() -> dict[str, str]:
@@ -17,7 +17,7 @@ def enter() -> dict[str, str]:
         FPOError: there is no such folder on this worker.
     """
     named = os.environ.get("FPO_CHECKOUT")
-    folder = Path(named).expanduser() if named else Path(str(files("flows"))).parent
+    folder = Path(named).expanduser() if named else ROOT
     if not folder.is_dir():
         raise FPOError(
             f"FPO_CHECKOUT={folder} is no folder on this worker: start it with the folder that "
