@@ -20,7 +20,14 @@ from fpo_core.errors import FPOError
 log = logging.getLogger("fpo.data")
 
 MARK = "\N{REPLACEMENT CHARACTER}"  # stands for a text where the template is taken apart
-_DIRECTIVES = "aAwdbBmyYHIpMSfzZjUWcxXGuV"  # of strftime, on every platform
+_DIRECTIVES = "wdmyYHIMSfzZjUWGuVeFTRD"  # of strftime, the same in every language
+_PADDED = "dmyHIMSj"  # `%-d` has no zero in front
+_PERCENT = "\0"  # stands for `%%`
+_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+_MONTHS = (
+    *("January", "February", "March", "April", "May", "June", "July"),
+    *("August", "September", "October", "November", "December"),
+)
 # What a template's own code can raise on a conversation that it does not expect.
 _FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
@@ -216,11 +223,29 @@ def pinned_date(date: dt.date) -> str:
     time of day is midnight.
     """
     moment = dt.datetime.combine(date, dt.time())
-    replaced = "".join(
-        f"|replace('%{letter}', '{moment.strftime(f'%{letter}')}')" for letter in _DIRECTIVES
-    )
-    replaced += "|replace('%%', '%')"
+    texts = {name: moment.strftime(f"%{name}") for name in _DIRECTIVES}
+    texts |= {f"-{name}": texts[name].lstrip("0") or "0" for name in _PADDED}
+    texts |= _in_english(moment)
+    replaced = "".join(f"|replace('%{name}', '{text}')" for name, text in texts.items())
+    replaced = f"|replace('%%', '{_PERCENT}'){replaced}|replace('{_PERCENT}', '%')"
     # The empty expression keeps a line break that the template begins with.
     return (
         f"{{%- macro strftime_now(form) -%}}{{{{ form{replaced} }}}}{{%- endmacro %}}{{{{ '' }}}}"
     )
+
+
+def _in_english(moment: dt.datetime) -> dict[str, str]:
+    """Return what `strftime` writes in the process's language, as the C locale has it."""
+    day, month = _DAYS[moment.weekday()], _MONTHS[moment.month - 1]
+    time = moment.strftime("%H:%M:%S")
+    return {
+        "a": day[:3],
+        "A": day,
+        "b": month[:3],
+        "h": month[:3],
+        "B": month,
+        "p": "AM" if moment.hour < 12 else "PM",
+        "c": f"{day[:3]} {month[:3]} {moment.day:>2} {time} {moment.year}",
+        "x": moment.strftime("%m/%d/%y"),
+        "X": time,
+    }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpo_core.data.conversations.model import ASSISTANT, SYSTEM, Conversation, Turn
@@ -153,6 +153,7 @@ def test_a_system_turn_and_earlier_turns_are_part_of_the_prompt(tmp_path):
     assert with_system.pair_id != dialogue.pair_id
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(), min_size=3, max_size=3), st.lists(st.text(), min_size=3, max_size=3))
 def test_pair_ids_follow_the_content(one, other):
     def pair(parts, where):

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpo_core.data.conversations.model import ASSISTANT, USER, Conversation, Turn
@@ -35,6 +35,7 @@ def one(given_pair: Conversation, limits: Limits = LIMITS, template: str = "mode
     return found
 
 
+@settings(deadline=None)
 @given(WORDS, WORDS, WORDS)
 def test_ids_are_those_of_the_whole_conversation(prompt, chosen, rejected):
     """Against transformers' own tokenization of the templated conversation in one go."""
