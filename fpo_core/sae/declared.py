@@ -1,6 +1,7 @@
 """What SAEs say of where they read, as places of this project: the one map of their names.
 
-- TransformerLens' names, which sae-lens writes: ``blocks.L.hook_resid_post``;
+- TransformerLens' names, which sae-lens writes: ``blocks.L.hook_resid_post``, since version 3
+  ``blocks.L.hook_out``;
 - module paths of the Hugging Face model: sparsify's folders (``layers.L``, ``layers.L.mlp``), the
   ``hf_hook_name`` that sae-lens has for some releases (``model.layers.L.output``);
 - ``blocks.L`` where a path of Gemma Scope says the layer alone.
@@ -13,7 +14,13 @@ from fpo_core.hookpoint import Site
 from fpo_core.models.architectures import Architecture
 
 # What the same tensor is called; TransformerLens' hook_mlp_out is after Gemma's second norm too.
-_SITES: dict[str, Site] = {"hook_resid_post": "resid_post", "hook_mlp_out": "mlp_out"}
+_SITES: dict[str, Site] = {
+    "hook_resid_post": "resid_post",
+    "hook_mlp_out": "mlp_out",
+    "hook_out": "resid_post",
+}
+# The modules of version 3, whose hook_out is a tensor of the block, as ours are called.
+_MODULES = {"mlp.hook_out": "mlp", "ln2_post.hook_out": "post_feedforward_layernorm"}
 
 _BLOCK = re.compile(r"blocks\.(\d+)(?:\.(.+))?")
 # Around the list of blocks: as a base model, a causal LM, and the two layouts of a multimodal one.
@@ -42,8 +49,13 @@ def declared_place(name: str, architecture: Architecture) -> Declared | None:
     """
     if block := _BLOCK.fullmatch(name):
         layer, hook = int(block[1]), block[2]
-        if hook == "hook_resid_pre":  # the stream before a block is that after the one before it
+        if hook in (
+            "hook_resid_pre",
+            "hook_in",
+        ):  # the stream before a block is that after the one before it
             return Declared(layer - 1, "resid_post") if layer else None
+        if hook in _MODULES:
+            return Declared(layer, "mlp_out") if _MODULES[hook] == architecture.mlp_out else None
         if hook is None or hook in _SITES:
             return Declared(layer, _SITES[hook] if hook else None)
         return None

@@ -33,7 +33,29 @@ def read_tensors(file: Path) -> "dict[str, Tensor]":
     from safetensors.torch import load_file
 
     with _damage_told(file):
-        return {name: value.float() for name, value in load_file(file).items()}
+        return as_float32(load_file(file), file)
+
+
+def as_float32(state: "dict[str, Tensor]", file: Path) -> "dict[str, Tensor]":
+    """Return tensors in float32.
+
+    Args:
+        state: the tensors by name.
+        file: theirs, for messages.
+
+    Raises:
+        FPOError: one is of another type than a plain float, so a factor on it may be missing.
+    """
+    import torch
+
+    plain = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    for name, value in state.items():
+        if value.dtype not in plain:
+            raise FPOError(
+                f"SAE {file.parent}: {name} in {file.name} is {value.dtype}, which is quantized "
+                f"or damaged. Expected float32, float16 or bfloat16. Save the SAE in one of these"
+            )
+    return {name: value.float() for name, value in state.items()}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpo_core.errors import FPOError
-from fpo_core.sae.config import SaeConfig
+from fpo_core.sae.config import SaeConfig, read_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,14 +51,12 @@ def parse_config(given: dict[str, Any], folder: Path) -> SaeConfig:
         raise FPOError(
             f"SAE {folder}: {said} is not supported; choose a plain TopK SAE of sparsify's"
         )
-    try:
-        d_in, k = int(given["d_in"]), int(given["k"])
-        d_sae = int(given.get("num_latents") or d_in * given["expansion_factor"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise FPOError(
-            f"SAE {folder}: d_in, k, num_latents or expansion_factor of its cfg.json is missing or "
-            f"no count ({error}), so it is not sparsify's; fetch the file again"
-        ) from error
+    name = str(folder)
+    d_in, k = read_count(given, "d_in", name), read_count(given, "k", name)
+    if given.get("num_latents"):
+        d_sae = read_count(given, "num_latents", name)
+    else:
+        d_sae = d_in * read_count(given, "expansion_factor", name)
     # The folder of a fetched one is RELEASE--HOOKPOINT.
     place = folder.absolute().name.rpartition("--")[2]
     hook = place.replace("layers_", "layers.") if _HOOKPOINT.fullmatch(place) else ""

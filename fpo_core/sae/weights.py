@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from fpo_core.errors import FPOError
-from fpo_core.sae import gemma_scope, sparsify
+from fpo_core.sae import dictionary_learning, gemma_scope, sparsify
 from fpo_core.sae.architectures import ARCHITECTURES
 from fpo_core.sae.config import SaeConfig
 from fpo_core.sae.formats import SaeFiles
-from fpo_core.sae.safetensors_file import read_tensors
+from fpo_core.sae.safetensors_file import as_float32, read_tensors
 
 # A factor on the reconstruction that older files carry, all ones unless it was fine-tuned.
 _SCALING = "scaling_factor"
@@ -33,13 +33,19 @@ def read_weights(files: SaeFiles, config: SaeConfig, *, decoder: bool) -> dict[s
         found = {name: torch.from_numpy(array) for name, array in arrays.items()}
         _check_finite(found, files)
         return found
-    state = read_tensors(files.weights)
+    if files.format == "dictionary_learning":
+        stored = dictionary_learning.read_tensors(files.weights)
+        state = as_float32(dictionary_learning.named_weights(stored, config), files.weights)
+    else:
+        state = read_tensors(files.weights)
     if files.format == "sparsify":
         state = sparsify.named_weights(state)
     if files.format == "Gemma Scope 2":
         state = {gemma_scope.array_name(name): value for name, value in state.items()}
     _check(state, config, files)
     _check_finite(state, files)
+    if config.input_scale != 1:
+        _fold_input_scale(state, config.input_scale)
     if config.rescaled:
         _fold_decoder_norms(state)
     if not decoder:
@@ -83,11 +89,20 @@ def _check(state: dict[str, Tensor], config: SaeConfig, files: SaeFiles) -> None
 
 def _check_finite(state: dict[str, Tensor], files: SaeFiles) -> None:
     for name, value in state.items():
-        if not value.isfinite().all():
+        # A threshold of infinity turns a feature off, as one that half precision overflowed.
+        fine = ~value.isnan() if name == "threshold" else value.isfinite()
+        if not fine.all():
             raise FPOError(
                 f"SAE {files.weights.parent}: {name} in {files.weights.name} is damaged: it holds "
                 f"values that are not finite (NaN or infinite). Fetch the file again"
             )
+
+
+def _fold_input_scale(state: dict[str, Tensor], scale: float) -> None:
+    """Let the SAE read plain activations, as sae-lens' fold_activation_norm_scaling_factor does."""
+    state["W_enc"] = state["W_enc"] * scale
+    state["W_dec"] = state["W_dec"] / scale
+    state["b_dec"] = state["b_dec"] / scale
 
 
 def _fold_decoder_norms(state: dict[str, Tensor]) -> None:

@@ -112,7 +112,7 @@ SPARSIFY_REFUSED = {
     "signed=true": {"signed": True},
     "activation='groupmax'": {"activation": "groupmax"},
     "what fancy of its cfg.json does": {"fancy": 1},
-    "missing or no count": {"k": None},
+    "k of its configuration is None, expected a count": {"k": None},
 }
 
 
@@ -129,12 +129,12 @@ REFUSED = {
     "architecture 'batchtopk' is not supported (it is a training": {"architecture": "batchtopk"},
     "activation_fn='tanh-relu'": {"activation_fn_str": "tanh-relu"},
     "signed=true": {"activation_fn": "topk", "activation_fn_kwargs": {"k": 3, "signed": True}},
-    "k of its cfg.json is None": {"architecture": "topk"},
+    "k of its configuration is None": {"architecture": "topk"},
     "metadata of its cfg.json is no object": {"metadata": "blocks.3"},
     "pretrained_kwargs of its cfg.json is no object": {
         "metadata": {"model_from_pretrained_kwargs": "x"},
     },
-    "d_in of its cfg.json is '4'": {"d_in": "4"},
+    "d_in of its configuration is '4'": {"d_in": "4"},
     "what temperature of its cfg.json does": {"temperature": 2.0},
     "normalize_activations='expected_average_only_in'": {"normalize_activations": True},
     "normalize_activations='covariance_whitening'": {
