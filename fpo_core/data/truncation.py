@@ -102,11 +102,19 @@ def _cut_prompt(cut: Cut, given: Conversation, limits: Limits, tools: PromptTool
     if len(cut.prompt) <= most:
         return cut.prompt
     if given.prompt[-1].role == ASSISTANT:
-        raise Unusable("prompt_too_long", "a prompt that ends in a partial answer cannot be cut")
+        raise Unusable("prompt_too_long", "a prompt that ends in an assistant turn cannot be cut")
     if limits.truncation == "keep_start":
-        _, after = tools.around(given.prompt, given.tools)
-        return [*cut.prompt[: _positive(most - len(after))], *after]
+        return _keep_start(cut.prompt, given, most, tools)
     return _keep_end(given, most, tools)
+
+
+def _keep_start(prompt: list[int], given: Conversation, most: int, tools: PromptTools) -> list[int]:
+    """Return a prompt's start, of which the user says something, with the assistant's opener."""
+    _, after = tools.around(given.prompt, given.tools)
+    first = next((n for n, turn in enumerate(given.prompt) if turn.role == USER), 0)
+    before, _ = tools.around(given.prompt[: first + 1], given.tools)
+    _check_room(most - len(before) - len(after), given)
+    return [*prompt[: most - len(after)], *after]
 
 
 def _keep_end(given: Conversation, most: int, tools: PromptTools) -> list[int]:
@@ -119,11 +127,9 @@ def _keep_end(given: Conversation, most: int, tools: PromptTools) -> list[int]:
         if len(ids) <= most:
             return ids
     before, after = tools.around([*system, *turns], given.tools)
-    if system and len(before) + len(after) >= most:
-        raise Unusable("prompt_too_long", "the system prompt alone fills max_prompt_length")
+    _check_room(most - len(before) - len(after), given)
     ids = tools.encode([*system, *turns], given.tools)
-    kept = _positive(most - len(before))
-    return [*before, *ids[-kept:]]
+    return [*before, *ids[-(most - len(before)) :]]
 
 
 def _without_first_round(turns: list[Turn]) -> list[Turn]:
@@ -137,9 +143,10 @@ def _cut_answers(cut: Cut, room: int, end: list[int]) -> Cut:
     unscored: list[list[int]] = []
     for ids, ranges in zip(cut.answers, cut.unscored, strict=True):
         if len(ids) > room:
-            kept = _positive(room - len(end))
-            kept, ranges = _clipped(ranges, kept)
-            ids = [*ids[:kept], *end]
+            kept, ranges = _clipped(ranges, room - len(end))
+            ids = ids[:kept]
+            # Cut between turns, an answer has the end that it was given.
+            ids = ids if end and ids[-len(end) :] == end else [*ids, *end]
         answers.append(ids)
         unscored.append(ranges)
     if len(answers) == 2 and answers[0] == answers[1]:
@@ -160,7 +167,9 @@ def _clipped(ranges: list[int], length: int) -> tuple[int, list[int]]:
     return length, kept
 
 
-def _positive(room: int) -> int:
+def _check_room(room: int, given: Conversation) -> None:
+    """Raise where nothing that the user says is left of a prompt."""
+    if room < 1 and given.prompt[0].role == SYSTEM:
+        raise Unusable("prompt_too_long", "the system prompt alone fills max_prompt_length")
     if room < 1:
-        raise Unusable("prompt_too_long", "the limits leave no room for the text")
-    return room
+        raise Unusable("prompt_too_long", "the limits leave no room for the prompt's text")

@@ -19,6 +19,8 @@ class Fields:
 
     Attributes:
         notes: things to report about the row, keys of `NOTES`.
+        used_inside: of a column of objects, the keys that were used.
+        unused_inside: paths within columns that were not used.
     """
 
     def __init__(self, row: Mapping[str, Any], hidden: Collection[str] = ()) -> None:
@@ -27,7 +29,9 @@ class Fields:
         keys = {**lower, **{key: key for key in present}}
         self._keys = {name: key for name, key in keys.items() if name not in hidden}
         self._present = present
-        self._used: set[str] = set()
+        self._used: dict[str, None] = {}
+        self.used_inside: dict[str, set[str]] = {}
+        self.unused_inside: list[str] = []
         self.notes: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
@@ -46,9 +50,9 @@ class Fields:
             f"{name}[].{key}"
             for name in self._used
             if isinstance(self._present[name], list)
-            for key in _unused_keys(self._present[name])
+            for key in _unused_keys(self._present[name], self.used_inside.get(name))
         )
-        return [*columns, *dict.fromkeys(keys)]
+        return [*columns, *self.unused_inside, *dict.fromkeys(keys)]
 
     def peek(self, name: str) -> Any:
         """Return a field's value without using it; None where the row does not have it."""
@@ -60,7 +64,7 @@ class Fields:
         key = self._keys.get(name)
         if key is None:
             return None
-        self._used.add(key)
+        self._used[key] = None
         return self._present[key]
 
     def first(self, names: Sequence[str]) -> str | None:
@@ -102,14 +106,27 @@ def mapped_row(row: Mapping[str, Any], columns: Mapping[str, Any] | None) -> dic
     if not columns:
         return dict(row)
     taken: set[str] = set()
+    paths: set[str] = set()
     fields: dict[str, Any] = {}
     for field, path in columns.items():
         constant = getattr(path, "constant", None)
         fields[field] = constant if constant is not None else value_at(row, path, field)
         if constant is None:
             taken.add(path if path in row else path.partition(".")[0])
+            paths.add(path)
     rest = {key: value for key, value in row.items() if key not in taken and key not in fields}
-    return {**rest, **fields}
+    inner = {
+        f"{name}.{key}": value
+        for name in taken - paths
+        for key, value in _parts(row[name])
+        if not any(f"{path}.".startswith(f"{name}.{key}.") for path in paths)
+    }
+    return {**rest, **inner, **fields}
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the parts of an object; those of a list are the choice of the mapping."""
+    return iter(value.items() if isinstance(value, Mapping) else ())
 
 
 def value_at(row: Mapping[str, Any], path: str, field: str) -> Any:
@@ -137,14 +154,21 @@ def value_at(row: Mapping[str, Any], path: str, field: str) -> Any:
     return value
 
 
-def _unused_keys(messages: list[Any]) -> Iterator[str]:
+def _unused_keys(messages: list[Any], used: Collection[str] | None) -> Iterator[str]:
     for message in messages:
-        if not isinstance(message, Mapping) or message.keys() <= MESSAGE_KEYS:
+        if used is not None:  # no message, but an answer with its judgment
+            yield from (key for key, value in message.items() if not _is_used(key, value, used))
             continue
-        if any(message.get(key) for key in ROLE_KEYS):
+        if type(message) is dict and message.keys() <= MESSAGE_KEYS:
+            continue
+        if isinstance(message, Mapping) and any(message.get(key) for key in ROLE_KEYS):
             for key, value in message.items():
-                if key not in MESSAGE_KEYS and not is_absent(value):
+                if not _is_used(key, value, MESSAGE_KEYS):
                     yield key
+
+
+def _is_used(key: str, value: Any, used: Collection[str]) -> bool:
+    return key in used or is_absent(value)
 
 
 def _is_list(value: Any) -> bool:

@@ -50,7 +50,15 @@ MESSAGE_KEYS = frozenset({*ROLE_KEYS, *CONTENT_KEYS, *EXTRA_KEYS, "weight"})
 MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
 _PLAIN_KEYS = {"role", "content"}
 _MESSAGES_KEYS = ("messages", "conversations", "conversation", "turns")
-_JSON_LIST = re.compile(r"\s*\[\s*\{")
+# Messages as text begin like this, in JSON or as Python and NumPy print them.
+_MESSAGES_TEXT = re.compile(
+    r"""\s*["']?\s*\[?\s*\{\s*\\?["'](role|from|content|value)\\?["']\s*:""", re.ASCII
+)
+_KNOWN_ROLE = re.compile(
+    r"""["'](role|from)\\?["']\s*:\s*\\?["'](system|user|human|assistant|gpt)\\?["']"""
+)
+# Rounds of a question and its answer, as capybara, xtuner and MOSS have them.
+_ROUNDS = (("input", "output"), ("user", "assistant"), ("human", "assistant"))
 
 
 def is_absent(value: Any) -> bool:
@@ -68,12 +76,12 @@ def turn_of(message: Any, default_role: str | None = None) -> Turn:
     Raises:
         Unusable: unknown role, content that is not text.
     """
-    if not isinstance(message, Mapping):
-        raise Unusable("not_text", f"a turn is {_kind(message)}, expected role and content")
-    if message.keys() == _PLAIN_KEYS:  # most messages of most files
+    if type(message) is dict and message.keys() == _PLAIN_KEYS:  # most messages of most files
         role, content = message["role"], message["content"]
         if type(role) is type(content) is str and role in ROLES:
             return Turn(ROLES[role], content)
+    if not isinstance(message, Mapping):
+        raise Unusable("not_text", f"a turn is {kind_name(message)}, expected role and content")
     media = next((key for key in MEDIA_KEYS if not is_absent(message.get(key))), None)
     if media:
         raise Unusable("images", f"a turn has {media!r}, this pipeline reads text only")
@@ -110,8 +118,22 @@ def turns_of(messages: Any, what: str) -> list[Turn]:
         inner = next((messages[key] for key in _MESSAGES_KEYS if messages.get(key)), None)
         return turns_of(inner, what) if inner is not None else [turn_of(messages)]
     if not isinstance(messages, Sequence):
-        raise Unusable("not_text", f"{what} is {_kind(messages)}, expected a list of messages")
-    return [turn_of(message) for message in messages]
+        raise Unusable("not_text", f"{what} is {kind_name(messages)}, expected a list of messages")
+    return [turn for message in messages for turn in _turns_of_one(message)]
+
+
+def _turns_of_one(message: Any) -> list[Turn]:
+    """Read a message, or a round of a question and its answer."""
+    if isinstance(message, Mapping) and not any(message.get(key) for key in ROLE_KEYS):
+        for asked, answered in _ROUNDS:
+            if message.get(asked) and message.keys() <= {"system", asked, answered}:
+                said = ((SYSTEM, "system"), (USER, asked), (ASSISTANT, answered))
+                return [
+                    Turn(role, text_of(message[key], f"{key!r}"))
+                    for role, key in said
+                    if not is_absent(message.get(key)) and message[key] != ""
+                ]
+    return [turn_of(message)]
 
 
 def text_of(value: Any, what: str) -> str:
@@ -126,29 +148,65 @@ def text_of(value: Any, what: str) -> str:
         return value
     if isinstance(value, Sequence) and all(isinstance(part, (Mapping, str)) for part in value):
         return "".join(_part_text(part, what) for part in value)
-    raise Unusable("not_text", f"{what} is {_kind(value)}, expected text")
+    raise Unusable("not_text", f"{what} is {kind_name(value)}, expected text")
 
 
 def parsed_messages(text: str) -> list[Any] | None:
-    """Return the messages that a text holds as JSON, None where it holds none."""
-    if not _JSON_LIST.match(text):
+    """Return the messages that a text holds as JSON, None where it holds none.
+
+    Raises:
+        Unusable: the text begins as messages do and is not JSON.
+    """
+    if not _MESSAGES_TEXT.match(text):
         return None
     try:
         value = json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        return None
-    looks_right = all(
+    except (ValueError, RecursionError) as error:
+        extra = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+        if extra or not _KNOWN_ROLE.search(text):
+            return None  # an answer that shows messages or other JSON
+        raise Unusable(
+            "not_text",
+            "messages are stored as text that is not JSON (as Python or NumPy print them?). Write "
+            "them with json.dumps",
+        ) from None
+    if isinstance(value, str):  # JSON within JSON
+        return parsed_messages(value)
+    if isinstance(value, Mapping):
+        value = [value]
+    looks_right = isinstance(value, list) and all(
         isinstance(message, Mapping)
         and any(key in message for key in ROLE_KEYS)
         and any(key in message for key in CONTENT_KEYS)
         for message in value
     )
-    return value if looks_right else None
+    return value if looks_right and any(map(_has_known_role, value)) else None
+
+
+def text_list(value: Any) -> list[str] | None:
+    """Return a list of texts, which may be JSON text; None for anything else. Nulls are empty."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value, strict=False)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(value, list) or not value:
+        return None
+    return ["" if one is None else one for one in value] if _are_texts(value) else None
+
+
+def _are_texts(values: list[Any]) -> bool:
+    return all(one is None or isinstance(one, str) for one in values)
 
 
 def same_text(one: str, other: str) -> bool:
     """Return whether two texts differ in white space at most."""
     return one == other or one.split() == other.split()
+
+
+def _has_known_role(message: Mapping[str, Any]) -> bool:
+    role = next((message[key] for key in ROLE_KEYS if key in message), None)
+    return isinstance(role, str) and role.strip().lower() in ROLES
 
 
 def _role(message: Mapping[str, Any], default: str | None) -> str:
@@ -167,9 +225,13 @@ def _part_text(part: Mapping[str, Any] | str, what: str) -> str:
     kind = part.get("type") or ("text" if "text" in part else None)
     if kind in ("text", "input_text", "output_text"):
         return text_of(part.get("text"), what)
-    raise Unusable("images", f"{what} has a part of type {kind!r}, this pipeline reads text only")
+    if isinstance(kind, str) and any(name in kind for name in ("image", "audio", "video")):
+        raise Unusable("images", f"{what} has a part of type {kind!r}, expected text")
+    raise Unusable("not_text", f"{what} has a part of type {kind!r}, expected text")
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", int: "a number", float: "a number", bool: "a bool"}
-    return names.get(type(value), type(value).__name__)
+def kind_name(value: Any) -> str:
+    """Return what a value is, in a user's words."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+    names |= {int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), "of another type")
