@@ -151,10 +151,12 @@ def unknown_site(file: Path, site: str, known: tuple[str, ...]) -> FPOError:
         site: as the path has it.
         known: the sites of SAEs in that release.
     """
-    kind = "transcoders" if _NO_SAE.search(site) else "an unknown site"
+    is_no_sae = _NO_SAE.search(site)
+    kind = "transcoders or crosscoders" if is_no_sae else "an unknown site"
+    rename = "" if is_no_sae else ", or rename the folder if it is one"
     return FPOError(
-        f"SAE {file}: its path names {site!r}, {kind}; SAEs are in {', '.join(known)}. Choose one "
-        f"of these, or rename the folder if it is one"
+        f"SAE {file}: its path names {site!r}, {kind}. SAEs are in {', '.join(known)}. Choose one "
+        f"of these{rename}"
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fpo_core.errors import FPOError
 from fpo_core.sae.config import SaeConfig, read_count
+from fpo_core.sae.gemma_scope import refuse_by_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +58,8 @@ def parse_config(given: dict[str, Any], folder: Path) -> SaeConfig:
         d_sae = read_count(given, "num_latents", name)
     else:
         d_sae = d_in * read_count(given, "expansion_factor", name)
+    if "transcode" not in given:  # before it was a setting, only the name said it
+        refuse_by_folder(folder / WEIGHTS_FILE)
     # The folder of a fetched one is RELEASE--HOOKPOINT.
     place = folder.absolute().name.rpartition("--")[2]
     hook = place.replace("layers_", "layers.") if _HOOKPOINT.fullmatch(place) else ""

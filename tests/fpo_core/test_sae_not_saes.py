@@ -83,6 +83,27 @@ def test_a_folder_of_gemma_scope_that_is_an_sae(tmp_path, above, hook):
     assert load_coder(scope(tmp_path / above / LEAF)).hook == hook
 
 
+def sparse(folder: Path, **config: Any) -> Path:
+    """Write a folder of sparsify's."""
+    folder.mkdir(parents=True)
+    names = ("W_enc", "b_enc", "W_dec", "b_dec")
+    state = {name: STATE[name] for name in names}
+    state["encoder.weight"] = state.pop("W_enc").T.contiguous()
+    state["encoder.bias"] = state.pop("b_enc")
+    save_file(state, folder / "sae.safetensors")
+    given = {"d_in": D_IN, "expansion_factor": D_SAE // D_IN, "k": 5, **config}
+    (folder / "cfg.json").write_text(json.dumps(given))
+    return folder
+
+
+def test_a_folder_of_sparsify_that_does_not_say_whether_it_is_an_sae(tmp_path):
+    """Its configurations name ``transcode`` since a later version; then they are believed."""
+    place = "org__skip-transcoders-64x--layers.2.mlp"
+    refused(sparse(tmp_path / "old" / place), "holds transcoders")
+    assert load_coder(sparse(tmp_path / "new" / place, transcode=False)).hook == "layers.2.mlp"
+    assert load_coder(sparse(tmp_path / "older" / "layers.2")).hook == "layers.2"
+
+
 LEAF_2 = "layer_5_width_16k_l0_small"
 
 
