@@ -27,7 +27,17 @@ from fpo_core.errors import FPOError
 from fpo_core.recipe.schema import PoolSettings
 from storage.catalog import list_artifacts
 from storage.location import open_store
-from tests.flows.workers import ROOT, Worker, command, ended, prefect, state_of, submit, wait_for
+from tests.flows.workers import (
+    ROOT,
+    Worker,
+    command,
+    ended,
+    prefect,
+    read_run,
+    state_of,
+    submit,
+    wait_for,
+)
 from tests.test_interrupted import children_of
 from tests.tiny import save_recipe
 
@@ -215,6 +225,26 @@ def test_a_cancelled_parent_cancels_the_training_that_it_handed_over(
     again = fpo("run", finished_run.recipe, "--store", store, "--report", tmp_path / "r", *settings)
     assert again.code == 0, again.err
     assert f"going on from {saved.parent.name}" in again.err
+
+
+def test_a_killed_parents_training_is_cancelled(site, workers, finished_run, tmp_path):
+    """Prefect runs the hook in a process of its own, started in its ``runner/`` folder."""
+    said = [worker.said for worker in workers]
+    store = tmp_path / "store"
+    shutil.copytree(finished_run.store, store)
+    overrides = ["train.epochs=100", "train.lr=2e-6", "resources.checkpoint_minutes=100"]
+    parent = submit(
+        "fpo-pipeline/quickstart", recipe=str(finished_run.recipe), store=str(store),
+        overrides=[*overrides, POOLS],
+    )  # fmt: skip
+    wait_for(lambda: steps_logged(store) > 0, *said)
+    (child,) = [one for one in children(read_run(parent)) if "train" in one.parameters["stages"]]
+    workers[0].kill_runs()
+    wait_for(lambda: state_of(parent) == "CRASHED", *said)
+    wait_for(lambda: state_of(child.id) == "CANCELLED", *said)
+    wait_for(lambda: all("worker start" in line for line in children_of(workers[1].mark)), *said)
+    assert list(store.glob("artifacts/policy/*/checkpoints/step-*/saved.json"))
+    assert "Runner failed to retrieve flow" not in workers[0].said.read_text()
 
 
 def test_a_worker_killed_in_features_is_taken_over(site, workers, finished_run, tmp_path):

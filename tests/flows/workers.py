@@ -73,6 +73,12 @@ class Worker:
                 process.send_signal(signal.SIGKILL)
         self.process.wait(60)
 
+    def kill_runs(self) -> None:
+        """Kill the flow runs and all below them, as the kernel does for memory; not the worker."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+
 
 def read_run(run: uuid.UUID) -> FlowRun:
     with get_client(sync_client=True) as client:
