@@ -18,7 +18,7 @@ def model_folder(source: str, revision: str | None = None) -> Path:
     if sources.is_package(source):
         return convert_gguf(sources.package_file(source), sources.GGUF_CONVERSION)
     if sources.is_folder(source):
-        return sources.existing_folder(source)
+        return sources.folder_with_weights(source)
     from huggingface_hub import snapshot_download
 
     try:

@@ -65,7 +65,7 @@ def identify(source: str, revision: str | None = None) -> ModelIdentity:
     if is_package(source):
         return ModelIdentity(f"gguf:{file_digest(package_file(source))}:v{GGUF_CONVERSION}")
     if is_folder(source):
-        return ModelIdentity(f"folder:{folder_digest(existing_folder(source))}")
+        return ModelIdentity(f"folder:{folder_digest(folder_with_weights(source))}")
     return _hub_identity(source, revision)
 
 
@@ -94,17 +94,27 @@ def existing_folder(source: str) -> Path:
         )
     if not (folder / "config.json").is_file():
         raise FPOError(f"model {source!r}: the folder has no config.json, so it is no model folder")
+    if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise FPOError(
+            f"model {source!r}: the folder has no tokenizer (tokenizer.json or tokenizer.model). "
+            f"Save it there with tokenizer.save_pretrained({source!r})"
+        )
+    return folder
+
+
+def folder_with_weights(source: str) -> Path:
+    """Return the folder that a path source names, checked for weights that are hashed.
+
+    Raises:
+        FPOError: the folder has other weights, or none.
+    """
+    folder = existing_folder(source)
     if not any(folder.glob("*.safetensors")):
         other = sorted(path.name for path in folder.glob("*.bin"))
         has = f"It has {', '.join(other[:3])}, which is not read" if other else "It has no weights"
         raise FPOError(
             f"model {source!r}: the folder has no *.safetensors file. {has}. Load the model with "
             f"transformers and save it again with save_pretrained, which writes safetensors"
-        )
-    if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise FPOError(
-            f"model {source!r}: the folder has no tokenizer (tokenizer.json or tokenizer.model). "
-            f"Save it there with tokenizer.save_pretrained({source!r})"
         )
     return folder
 

@@ -189,7 +189,7 @@ def test_fewer_activations_than_a_batch_are_told_before_any_is_collected(tmp_pat
     from tasks.sae import sae
 
     path = training_recipe(tmp_path, batch_tokens=4096, max_tokens=1600)
-    (tmp_path / "r" / "model" / "model.safetensors").unlink()
+    (tmp_path / "r" / "model" / "model.safetensors").write_bytes(b"no weights: they are not read")
     run, _ = prepare_run(str(path), [], str(tmp_path / "store"), only="sae")
     with pytest.raises(FPOError, match=r"batch_tokens=4096 is more than the 1350 activations"):
         sae.fn(run)
