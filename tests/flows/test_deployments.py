@@ -8,8 +8,8 @@ import yaml
 from prefect import Flow
 from prefect.flows import load_flow_from_entrypoint
 
-from fpo_core.checkout import enter
 from flows.parameters import run_name
+from fpo_core.checkout import enter
 from fpo_core.errors import FPOError
 from fpo_core.recipe import load_recipe
 
