@@ -4,7 +4,12 @@ from typing import Literal, NamedTuple
 
 from fpo_core.data.conversations import hh
 from fpo_core.data.conversations.fields import Fields
-from fpo_core.data.conversations.messages import same_text, text_of, turns_of
+from fpo_core.data.conversations.messages import (
+    parsed_messages,
+    same_text,
+    text_of,
+    turns_of,
+)
 from fpo_core.data.conversations.model import ASSISTANT, USER, Turn
 from fpo_core.data.conversations.preferences import check_order, check_turns, read_preferences
 from fpo_core.data.conversations.prompts import (
@@ -14,7 +19,7 @@ from fpo_core.data.conversations.prompts import (
     refuse_unsupported,
     with_system,
 )
-from fpo_core.data.conversations.sides import NAMED
+from fpo_core.data.conversations.sides import LABELS, NAMED, SWIFT
 from fpo_core.data.drops import Unusable
 
 Turns = Literal["last", "all"]
@@ -41,13 +46,15 @@ def read_dialogue(fields: Fields) -> Dialogue:
     Raises:
         Unusable: the row is no dialogue, or one that cannot be learnt from.
     """
-    if any(name in fields for names in NAMED for name in names):
+    if any(name in fields for names in NAMED for name in names) or any(
+        all(name in fields for name in names) for names in SWIFT
+    ):
         pair = read_preferences(fields)[0]
         return Dialogue((*pair.prompt, *pair.chosen), pair.tools, len(pair.prompt))
     refuse_unsupported(fields)
     tools = read_tools(fields)
     turns = _turns(fields)
-    if fields.take("label") in _UNDESIRABLE and "label" in fields:
+    if any(fields.take(name) in _UNDESIRABLE for name in LABELS if name in fields):
         raise Unusable("undesirable")
     end = len(turns)
     while end and turns[end - 1].role != ASSISTANT:
@@ -115,9 +122,14 @@ def _turns(fields: Fields) -> list[Turn]:
 def _check_prompt(fields: Fields, turns: list[Turn]) -> None:
     """Raise where a row's `prompt` is not a question of its dialogue, as UltraChat repeats it."""
     prompt = fields.take("prompt")
-    if isinstance(prompt, str) and prompt.strip():
-        asked = [turn.content for turn in turns if turn.role == USER]
-        if not any(same_text(prompt, question) for question in asked):
+    if isinstance(prompt, str) and parsed_messages(prompt) is None:
+        given = [prompt]
+    else:
+        messages = [] if prompt is None else turns_of(prompt, "'prompt'")
+        given = [turn.content for turn in messages if turn.role == USER]
+    asked = [turn.content for turn in turns if turn.role == USER]
+    for text in filter(str.strip, given):
+        if not any(same_text(text, question) for question in asked):
             raise Unusable("prompt_mismatch", "`prompt` is none of the dialogue's questions")
 
 

@@ -7,25 +7,36 @@ from fpo_core.data.drops import Unusable
 
 # At the start of the text, or after a blank line.
 _MARKER = re.compile(r"(?:\A\s*|\n[ \t\r]*\n[ \t]*)(Human|Assistant|System):")
+# Some write each turn on a line of its own, without blank lines.
+_LINE_MARKER = re.compile(r"(?:\A\s*|\n[ \t]*)(Human|Assistant|System):")
 _START = re.compile(r"\s*(Human|System):")
+_ANSWER = re.compile(r"\n[ \t]*Assistant:")
 _ROLES = {"Human": USER, "Assistant": ASSISTANT, "System": SYSTEM}
 
 
-def is_dialogue(text: str) -> bool:
-    """Return whether a text is a whole dialogue: it begins with a marked turn."""
-    return bool(_START.match(text)) and "Assistant:" in text
+def is_dialogue(text: object) -> bool:
+    """Return whether a value is the text of a whole dialogue: it begins with a marked turn."""
+    return isinstance(text, str) and bool(_START.match(text) and _ANSWER.search(text))
+
+
+def is_answer(text: str) -> bool:
+    """Return whether a text begins with the marker of an answer."""
+    return text.lstrip().startswith("Assistant:")
 
 
 def dialogue_turns(text: str) -> list[Turn]:
     """Read the turns of a marked text.
 
-    A marker stands at the start of the text or after a blank line. The last turn may be empty:
-    a prompt ends with `Assistant:` and nothing after it.
+    A marker stands at the start of the text or after a blank line; after any line break where a
+    text has no blank lines before markers. The last turn may be empty: a prompt ends with
+    `Assistant:` and nothing after it.
 
     Raises:
         Unusable: the text has no markers.
     """
     found = list(_MARKER.finditer(text))
+    if len(found) < 2:
+        found = list(_LINE_MARKER.finditer(text))
     if not found:
         raise Unusable("shape", "a text has no Human: and Assistant: turns")
     ends = [match.start() for match in found[1:]] + [len(text)]
@@ -45,7 +56,7 @@ def prompt_turns(text: str) -> list[Turn]:
 
 def spaces_answers(text: object) -> bool:
     """Return whether a prompt ends in a bare `Assistant:`, whose space the answers begin with."""
-    return isinstance(text, str) and is_dialogue(text) and text.endswith("\n\nAssistant:")
+    return isinstance(text, str) and text.endswith("\nAssistant:") and is_dialogue(text)
 
 
 def unspaced(turn: Turn) -> Turn:

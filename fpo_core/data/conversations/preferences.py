@@ -4,7 +4,12 @@ from typing import Any, NamedTuple
 
 from fpo_core.data.conversations import hh
 from fpo_core.data.conversations.fields import Fields
-from fpo_core.data.conversations.messages import parsed_messages, same_text, turns_of
+from fpo_core.data.conversations.messages import (
+    parsed_messages,
+    same_text,
+    text_list,
+    turns_of,
+)
 from fpo_core.data.conversations.model import ASSISTANT, SYSTEM, USER, Turn
 from fpo_core.data.conversations.prompts import (
     PROMPTS,
@@ -51,8 +56,14 @@ def read_preferences(fields: Fields, pairs_per_prompt: int = 1) -> list[Compared
 def _read_openai_input(fields: Fields) -> tuple[Any, ...]:
     """Read OpenAI's `input: {messages, tools}` as the prompt; returns its tools."""
     given = fields.peek("input")
-    inner = Fields(given) if isinstance(given, dict) else None
-    return read_tools(inner) if inner is not None else ()
+    if not isinstance(given, dict):
+        return ()
+    inner = Fields(given)
+    inner.take("messages")
+    refuse_unsupported(inner)
+    tools = read_tools(inner)
+    fields.unused_inside += [f"input.{name}" for name in inner.unused]
+    return tools
 
 
 def _side(value: Any, fields: Fields) -> list[Turn]:
@@ -62,12 +73,17 @@ def _side(value: Any, fields: Fields) -> list[Turn]:
         if parsed is not None:
             fields.notes.add("json_text")
             return turns_of(parsed, "a side")
-        return hh.dialogue_turns(value) if hh.is_dialogue(value) else [Turn(ASSISTANT, value)]
+        asked = hh.is_answer(value) and any(hh.is_dialogue(fields.peek(name)) for name in PROMPTS)
+        is_marked = asked or hh.is_dialogue(value)
+        return hh.dialogue_turns(value) if is_marked else [Turn(ASSISTANT, value)]
     if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        if len(value) == 1:
+            return _side(value[0], fields)
+        names = [name for name in ("chosen", "rejected") if fields.peek(name) == value]
+        path = ", ".join(f"{name}: {name}.0" for name in names) or "chosen: NAME.0"
         raise Unusable(
             "candidates",
-            "a side is a list of several answers. Name one of each: data.columns={chosen: "
-            "chosen.0, rejected: rejected.0}",
+            f"a side is a list of several answers. Name one: data.columns={{{path}}}",
         )
     if isinstance(value, list) and all(isinstance(one, (int, float)) for one in value):
         raise Unusable("token_ids", "a side is a list of numbers (token ids?), expected text")
@@ -85,6 +101,12 @@ def _prompt(fields: Fields, sides: list[list[list[Turn]]]) -> list[Turn]:
 
 def _repeats(fields: Fields, name: str, sides: list[list[Turn]]) -> bool:
     """Return whether a column of messages is one of the sides, as in UltraFeedback's."""
+    if name == "prompt":  # arena votes: a list with a question per round
+        asked = text_list(fields.peek(name))
+        if asked is None or not all(asked == _questions(side) for side in sides):
+            return False
+        fields.take(name)
+        return True
     if name not in ("messages", "conversations", "conversation") or name not in fields:
         return False
     value = fields.peek(name)
@@ -98,6 +120,10 @@ def _repeats(fields: Fields, name: str, sides: list[list[Turn]]) -> bool:
         return False
     fields.take(name)
     return True
+
+
+def _questions(turns: list[Turn]) -> list[str]:
+    return [turn.content for turn in turns if turn.role == USER]
 
 
 def _joined(
@@ -169,7 +195,7 @@ def _without_prompt(fields: Fields, chosen: list[Turn], rejected: list[Turn]) ->
 
 def _check_prompt(given: list[Turn], chosen: list[Turn], rejected: list[Turn]) -> None:
     """Raise where the row's prompt is not the one that both sides begin with."""
-    if not given:
+    if not any(turn.content.strip() for turn in given):
         return
     shared = [turn for turn in chosen[: _shared_length(chosen, rejected)] if turn.role != SYSTEM]
     texts = [turn.content for turn in given]

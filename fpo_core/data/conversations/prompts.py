@@ -39,12 +39,21 @@ def refuse_unsupported(fields: Fields) -> None:
     Raises:
         Unusable: naming the column.
     """
-    media = fields.first(MEDIA_KEYS)
+    media = next((name for name in MEDIA_KEYS if _is_there(fields, name)), None)
     if media:
         raise Unusable("images", f"the row has {media!r}, this pipeline reads text only")
-    other = fields.first(_UNSUPPORTED)
+    other = next((name for name in _UNSUPPORTED if _is_there(fields, name)), None)
     if other:
         raise Unusable("unsupported", f"the row has {other!r}, which cannot be rendered")
+
+
+def _is_there(fields: Fields, name: str) -> bool:
+    """Return whether a row has a column with something in it; CSV files fill in empty texts."""
+    value = fields.peek(name)
+    if isinstance(value, str) and value.strip() in ("", "[]", "{}"):
+        fields.take(name)
+        return False
+    return name in fields
 
 
 def read_tools(fields: Fields) -> tuple[Any, ...]:
@@ -104,10 +113,14 @@ def with_system(fields: Fields, turns: list[Turn]) -> list[Turn]:
         Unusable: the turns have another system prompt, or the history is not readable.
     """
     turns = _with_history(fields, turns)
-    name = fields.first(SYSTEMS)
-    given = text_of(fields.take(name), f"{name!r}") if name else ""
-    if not given.strip():
+    found = {name: text_of(fields.take(name), f"{name!r}") for name in SYSTEMS if name in fields}
+    found = {name: text for name, text in found.items() if text.strip()}
+    if not found:
         return turns
+    name, given = next(iter(found.items()))
+    other = next((other for other, text in found.items() if not same_text(text, given)), None)
+    if other:
+        raise Unusable("two_systems", f"the columns {name!r} and {other!r} differ")
     if turns and turns[0].role == SYSTEM:
         if same_text(turns[0].content, given):
             return turns
@@ -138,7 +151,9 @@ def _with_supplements(fields: Fields, turns: list[Turn]) -> list[Turn]:
         if not fields.peek(name).strip():
             fields.take(name)
         elif len(turns) == 1 and fields.first(("instruction", "question")):
-            turns = [turns[0]._replace(content=f"{turns[0].content}\n\n{fields.take(name)}")]
+            parts = [turns[0].content, fields.take(name)]
+            content = "\n\n".join(part for part in parts if part.strip())
+            turns = [turns[0]._replace(content=content)]
         else:
             raise Unusable(
                 "ambiguous", f"it is not known how {name!r} adds to the prompt. Set data.columns"
@@ -149,6 +164,10 @@ def _with_supplements(fields: Fields, turns: list[Turn]) -> list[Turn]:
 def _with_history(fields: Fields, turns: list[Turn]) -> list[Turn]:
     """Put the earlier rounds of Alpaca's `history` before a prompt."""
     history = fields.take("history")
+    if isinstance(history, str):
+        if not turns and history.strip() and not history.lstrip().startswith("[["):
+            return [Turn(USER, history)]  # SHP names its prompt so
+        history = _parsed(history)
     if history is None:
         return turns
     if not isinstance(history, Sequence) or isinstance(history, str):
@@ -164,6 +183,16 @@ def _with_history(fields: Fields, turns: list[Turn]) -> list[Turn]:
             raise Unusable("unsupported", "a round of `history` is not a question and an answer")
     system = [turn for turn in turns[:1] if turn.role == SYSTEM]
     return [*system, *earlier, *turns[len(system) :]]
+
+
+def _parsed(text: str) -> Any:
+    """Return JSON from a text; None for an empty one, the text itself where it is no JSON."""
+    if not text.strip():
+        return None
+    try:
+        return json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _is_round(value: Any) -> bool:

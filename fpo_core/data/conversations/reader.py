@@ -130,7 +130,7 @@ def _read_row(
     metadata = {name: metadata_value(row.value, name) for name in reading.metadata}
     every = list(read(fields, row, reading, survey))
     # Only now is it known what of the row was used.
-    kept = {name.partition(".")[0] for name in reading.metadata}
+    kept = {part for name in reading.metadata for part in (name, name.partition(".")[0])}
     unused = [name for name in fields.unused if name not in kept]
     survey.unused.update(unused)
     survey.shapes[_shape(fields)] += 1

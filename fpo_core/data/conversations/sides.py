@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fpo_core.data.conversations.fields import Fields
+from fpo_core.data.conversations.messages import text_list
+from fpo_core.data.conversations.model import ASSISTANT, USER
 from fpo_core.data.drops import Unusable
 
 # Columns that name the preferred and the other answer.
@@ -15,6 +17,19 @@ NAMED = (
     ("preferred_output", "non_preferred_output"),
     ("preferred", "dispreferred"),
 )
+# ms-swift names the rejected answer only; the preferred one is where a dialogue has its answer.
+SWIFT = (
+    ("messages", "rejected_messages"),
+    ("messages", "rejected_response"),
+    ("response", "rejected_response"),
+)
+# Columns of scores, which a preferred answer has the larger one of.
+_SCORES = ("score_{}", "{}_score", "{}-score", "rating_{}", "{}_rating", "{}-rating")
+_SCORES += ("{}_avg_rating",)
+
+# Columns that judge one answer, as KTO's data has them, and columns of such answers.
+LABELS = ("label", "kto_tag")
+_JUDGED = ("completion", "response", "output", "messages", "conversations", "conversation")
 
 Sides = tuple[Any, Any]  # the chosen and the rejected value, as the row has them
 
@@ -25,7 +40,8 @@ class Comparison(NamedTuple):
     first: str
     second: str
     verdict: str
-    decide: Callable[[Any], int | None]  # 0 or 1: which is preferred; None: neither
+    # 0 or 1: which is preferred; None: neither. Raises ValueError for what is no verdict.
+    decide: Callable[[Any], int | None]
 
 
 def find_sides(fields: Fields, pairs_per_prompt: int) -> list[Sides]:
@@ -38,6 +54,9 @@ def find_sides(fields: Fields, pairs_per_prompt: int) -> list[Sides]:
     Raises:
         Unusable: the row compares no two answers; the detail says which mapping would do it.
     """
+    for names in SWIFT:
+        if all(name in fields for name in names):
+            return [_swift(fields, names)]
     for names in NAMED:
         if names[0] in fields or names[1] in fields:
             return [_named(fields, names)]
@@ -58,45 +77,123 @@ def _named(fields: Fields, names: tuple[str, str]) -> Sides:
         if name not in fields:
             raise Unusable("no_answer", f"the row has no {name!r}. It has {_have(fields)}")
     chosen, rejected = (fields.take(name) for name in names)
-    scores = [fields.take(f"score_{name}") for name in names]
-    if all(isinstance(score, (int, float)) for score in scores):
-        if scores[0] < scores[1]:
-            fields.notes.add("scores_reversed")
-        elif scores[0] == scores[1]:
-            fields.notes.add("scores_tied")
+    _note_scores(fields)
     for name in ("response", "output"):  # rm-static repeats the chosen answer
         if name in fields and fields.peek(name) == chosen:
             fields.take(name)
     return chosen, rejected
 
 
+def _swift(fields: Fields, names: tuple[str, str]) -> Sides:
+    chosen, rejected = (fields.take(name) for name in names)
+    if names == ("messages", "rejected_response") and isinstance(rejected, str):
+        asked = chosen[:-1] if _is_list(chosen) else []
+        rejected = [*asked, {"role": ASSISTANT, "content": rejected}]
+    return chosen, rejected
+
+
+def _note_scores(fields: Fields) -> None:
+    """Note where the scores of the two answers contradict their order."""
+    for form in _SCORES:
+        names = [form.format(side) for side in ("chosen", "rejected")]
+        scores = [_number(fields.peek(name)) for name in names]
+        if form == _SCORES[0]:
+            for name in names:
+                fields.take(name)
+        if scores[0] is None or scores[1] is None:
+            continue
+        if scores[0] < scores[1]:
+            fields.notes.add("scores_reversed")
+        elif scores[0] == scores[1]:
+            fields.notes.add("scores_tied")
+
+
 def _compared(fields: Fields, comparison: Comparison) -> Sides:
     answers = [fields.take(comparison.first), fields.take(comparison.second)]
     verdict = fields.take(comparison.verdict)
-    preferred = comparison.decide(verdict)
-    fields.take("winner_model_b")
-    if preferred is None or fields.take("winner_tie"):  # a tie has 0 for both models
-        raise Unusable("no_preference", f"{comparison.verdict}={verdict!r} prefers neither answer")
+    told = f"{comparison.verdict}={verdict!r}"
+    try:
+        preferred = comparison.decide(verdict)
+    except ValueError as error:
+        raise Unusable("shape", f"{told} does not say which answer is preferred: {error}") from None
+    if comparison.verdict == "winner_model_a":
+        fields.take("winner_model_b")
+        if _number(fields.take("winner_tie")):  # a tie has 0 for both models
+            preferred = None
+    if preferred is None:
+        raise Unusable("no_preference", f"{told} prefers neither answer")
+    answers = _with_questions(fields, answers)
     return answers[preferred], answers[1 - preferred]
 
 
-def _by_sign(verdict: Any) -> int | None:
-    if not isinstance(verdict, (int, float)) or verdict == 0 or verdict != verdict:
+def _with_questions(fields: Fields, answers: list[Any]) -> list[Any]:
+    """Return dialogues where prompt and answers are lists with a text per round."""
+    asked = text_list(fields.peek("prompt"))
+    said = [text_list(answer) for answer in answers]
+    if asked is None or any(each is None or len(each) != len(asked) for each in said):
+        return answers
+    fields.take("prompt")
+    return [
+        [
+            {"role": role, "content": text}
+            for question, answer in zip(asked, each or [], strict=True)
+            for role, text in ((USER, question), (ASSISTANT, answer))
+        ]
+        for each in said
+    ]
+
+
+def _number(value: Any) -> float | None:
+    """Return a number, which CSV files hold as text; None for anything else and for NaN."""
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) else None
+    except (ValueError, OverflowError):
         return None
-    return 0 if verdict < 0 else 1
+    return None if number != number else number
+
+
+def _by_sign(verdict: Any) -> int | None:
+    number = _number(verdict)
+    if number is None:
+        if isinstance(verdict, float):  # pandas writes NaN for a missing verdict
+            return None
+        raise ValueError("expected a number below or above 0")
+    return None if number == 0 else 0 if number < 0 else 1
 
 
 def _by_index(verdict: Any) -> int | None:
-    return int(verdict) if verdict in (0, 1) else None
+    number = _number(verdict)
+    if number == -1:  # no verdict
+        return None
+    if number not in (0, 1):
+        raise ValueError("expected 0 or 1")
+    return int(number)
 
 
 def _by_one_for_first(verdict: Any) -> int | None:
-    return 1 - int(verdict) if verdict in (0, 1) else None
+    number = _number(verdict)
+    if number not in (0, 1):
+        raise ValueError("expected 1 or 0")
+    return 1 - int(number)
 
 
 def _by_name(verdict: Any) -> int | None:
-    name = str(verdict).strip().lower().removeprefix("model_").removeprefix("response_")
-    return {"a": 0, "b": 1, "1": 0, "2": 1}.get(name)
+    name = _verdict_name(verdict)
+    if name in _NEITHER or name.startswith("tie"):
+        return None
+    if name not in ("a", "b"):
+        raise ValueError("expected model_a, model_b or tie")
+    return "ab".index(name)
+
+
+def _verdict_name(verdict: Any) -> str:
+    name = str(verdict).strip().lower().replace(" ", "_")
+    for prefix in ("model_", "response_", "assistant_", "answer_"):
+        name = name.removeprefix(prefix)
+    return name
+
+
+_NEITHER = ("", "both", "both_bad", "bothbad", "neither", "none", "equal", "draw", "nan")
 
 
 COMPARISONS = (
@@ -143,6 +240,7 @@ def _ranking(fields: Fields) -> list[_Ranked] | None:
             isinstance(item, Mapping) and answer in item and judgment in item for item in items
         ):
             fields.take(column)
+            fields.used_inside[column] = {answer, judgment}
             return _ranked([item[answer] for item in items], [i[judgment] for i in items], sign)
     for column, judgments, sign in _PARALLEL:
         items, scores = fields.peek(column), fields.peek(judgments)
@@ -156,9 +254,9 @@ def _ranking(fields: Fields) -> list[_Ranked] | None:
 def _ranked(answers: Sequence[Any], scores: Sequence[Any], sign: float) -> list[_Ranked]:
     """Return the answers with a judgment, best first; those without one take no part."""
     judged = [
-        _Ranked(answer, sign * float(score))
+        _Ranked(answer, sign * number)
         for answer, score in zip(answers, scores, strict=True)
-        if isinstance(score, (int, float)) and score == score
+        if (number := _number(score)) is not None
     ]
     return sorted(judged, key=lambda item: -item.score)
 
@@ -182,7 +280,7 @@ def _pairs_of_ranking(ranked: list[_Ranked], most: int) -> list[Sides]:
 
 def _hint(fields: Fields) -> str:
     have = _have(fields)
-    if "label" in fields and fields.first(("completion", "response", "output")):
+    if fields.first(LABELS) and fields.first(_JUDGED):
         return (
             f"the row judges one answer (KTO), a comparison needs two. It has {have}. Join rows of "
             f"one prompt into pairs, or use them in `sft`"

@@ -13,6 +13,8 @@ from fpo_core.errors import FPOError
 MAX_DEPTH = 200  # levels; nobody's rows have them, and Python code that walks a row has no more
 _BLOCK = 1 << 18
 _NEAR_END = 64  # longer than any literal or escape that the end of a buffer can cut
+_KINDS = {list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}
+_KINDS[type(None)] = "null"
 _SPACE = re.compile(r"[ \t\n\r\ufeff]*")
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -73,7 +75,7 @@ class JsonParser:
         fault = None
         if not isinstance(value, dict):
             fault = RowFault(
-                "not_an_object", f"a row is a JSON object, this is {type(value).__name__}"
+                "not_an_object", f"a row is a JSON object, this is {_KINDS[type(value)]}"
             )
         elif self._repeated is not None:
             fault = RowFault("duplicate_key", f"the key {self._repeated!r} occurs twice")

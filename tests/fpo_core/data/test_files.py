@@ -77,9 +77,9 @@ ODD = {
     '{"a": "\\ud83d"}': ("not_unicode", "\\ud83d is half a character"),
     DEEP: ("too_deep", "more than 200 levels"),
     DEEPER: ("too_deep", "more than 200 levels"),
-    "[1, 2]": ("not_an_object", "a row is a JSON object, this is list"),
-    "null": ("not_an_object", "a row is a JSON object, this is NoneType"),
-    "12": ("not_an_object", "a row is a JSON object, this is int"),
+    "[1, 2]": ("not_an_object", "a row is a JSON object, this is a list"),
+    "null": ("not_an_object", "a row is a JSON object, this is null"),
+    "12": ("not_an_object", "a row is a JSON object, this is a number"),
 }
 
 

@@ -175,7 +175,7 @@ def test_pair_ids_of_plain_pairs_are_those_of_earlier_versions():
 @pytest.mark.parametrize(
     ("row", "reason", "detail"),
     [
-        ([1, 2], "not_an_object", "a row is a JSON object, this is list"),
+        ([1, 2], "not_an_object", "a row is a JSON object, this is a list"),
         ({"prompt": "q", "rejected": "a"}, "no_answer", "no 'chosen'. It has 'prompt', 'rejected'"),
         ({"prompt": "q", "chosen": "", "rejected": "a"}, "empty", ""),
         ({"prompt": "q", "chosen": "", "rejected": ""}, "empty", ""),
