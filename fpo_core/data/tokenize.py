@@ -10,7 +10,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from fpo_core.data.conversations.model import ASSISTANT, SYSTEM, USER, Conversation, Turn
+from fpo_core.data.conversations.model import (
+    ASSISTANT,
+    SYSTEM,
+    TOOL,
+    USER,
+    Conversation,
+    Turn,
+)
 from fpo_core.data.drops import DroppedPair, Unusable
 from fpo_core.data.lengths import ExampleLengths
 from fpo_core.data.render import MARK, ChatFormat
@@ -222,9 +229,7 @@ class Tokenizer:
     def _check_rendered(self, given: Conversation, texts: list[str]) -> None:
         """Raise where the template leaves out what changes the prompt or an answer."""
         for side, text in zip(given.sides, texts, strict=True):
-            for turn in (*given.prompt, *side):
-                if turn.role in (SYSTEM, USER) and turn.content.strip() not in text:
-                    raise Unusable("not_rendered", f"the template leaves out a {turn.role} turn")
+            self._check_turns(given, side, text)
         if given.tools and texts[0] == self.chat.up_to_end(
             self.chat.render([*given.prompt, *given.chosen])
         ):
@@ -239,6 +244,28 @@ class Tokenizer:
         written += [turn.content for side in given.sides for turn in side]
         if any(token in content for content in written for token in self._special):
             self._noted.add("special_tokens")
+
+    def _check_turns(self, given: Conversation, side: tuple[Turn, ...], text: str) -> None:
+        """Raise where a turn is not rendered.
+
+        Templates may leave out part of an earlier answer (its thoughts), or quote what a tool says.
+        """
+        turns = [*given.prompt, *side]
+        if given.prompt[-1].role == side[0].role == ASSISTANT:
+            turns[len(given.prompt) - 1 : len(given.prompt) + 1] = [
+                _continued(given.prompt[-1], side[0])
+            ]
+        for place, turn in enumerate(turns):
+            said = turn.content.strip()
+            # A tool says little, which may stand elsewhere too.
+            if not said or (turn.role != TOOL and said in text):
+                continue
+            other = [*turns[:place], turn._replace(content=MARK), *turns[place + 1 :]]
+            if turn.role in (SYSTEM, USER) or self._renders_as(other, given.tools, text):
+                what = {ASSISTANT: "the text of an assistant"}.get(turn.role, f"a {turn.role}")
+                raise Unusable("not_rendered", f"the chat template leaves out {what} turn")
+            if turn.role == ASSISTANT and place < len(given.prompt):
+                self._noted.add("earlier_shortened")
 
     def _check_extras(self, given: Conversation, side: tuple[Turn, ...], text: str) -> None:
         """Raise where tool calls or reasoning are not rendered.

@@ -85,6 +85,7 @@ NOTES: dict[str, str] = {
     "doubled_end": "an answer's text ends with the end of turn, which is then there twice",
     "folded": "the system prompt was folded into the first user turn (data.system=fold)",
     "answer_shortened": "the chat template changes an answer's text",
+    "earlier_shortened": "the chat template leaves out part of an earlier answer, as its thoughts",
     "opener": "the generation prompt is no prefix of an answered conversation; answers follow the "
     "assistant's plain opener",
     "prompt_cut": "the prompt was cut (data.truncation)",

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpo_core.data.conversations.model import ASSISTANT, SYSTEM, USER, Conversation, Turn
+from fpo_core.data.conversations.model import (
+    ASSISTANT,
+    SYSTEM,
+    TOOL,
+    USER,
+    Conversation,
+    Turn,
+)
 from fpo_core.data.drops import DroppedPair, Unusable
 from fpo_core.data.render import ChatFormat, pinned_date
 from fpo_core.data.tokenize import TokenizedPair, Tokenizer
@@ -204,6 +211,49 @@ def test_a_template_that_renders_no_conversation_stops_before_the_first_row(brok
     tokenizer = with_template(CHATML.replace("+ message['content']", f"+ {broken}"))
     with pytest.raises(FPOError, match="the chat template refuses it: "):
         Tokenizer(ChatFormat(tokenizer, "model"), Limits(None, 5000))
+
+
+def after(*turns: Turn) -> Conversation:
+    answered = plain("And now?")
+    return answered._replace(prompt=(Turn(USER, "Is it 8?"), *turns, *answered.prompt))
+
+
+LOOK, TOLD = Turn(ASSISTANT, "Let me look."), Turn(TOOL, "8")
+
+
+@pytest.mark.parametrize(
+    ("kept", "detail"),
+    [
+        ("message.role != 'tool'", "leaves out a tool turn"),
+        ("message.role != 'assistant' or loop.last", "leaves out the text of an assistant turn"),
+    ],
+)
+def test_an_earlier_turn_that_the_template_leaves_out_drops_the_row(kept, detail):
+    """Also where its text stands elsewhere in the prompt."""
+    loop = "{% for message in messages %}"
+    template = CHATML.replace(loop, f"{loop}{{% if {kept} %}}").replace(
+        "{% endfor %}", "{% endif %}{% endfor %}"
+    )
+    chat = ChatFormat(with_template(template), "model")
+    found, _ = tokenize(after(LOOK, TOLD), chat)
+    assert isinstance(found, DroppedPair)
+    assert (found.reason, detail in found.detail) == ("not_rendered", True)
+
+
+def test_what_a_template_cuts_from_an_earlier_answer_or_quotes_of_a_tool_is_no_fault():
+    cut = "message['content'].split('</think>')[-1]"
+    thought = LOOK._replace(content="<think>Hm.</think>Yes.")
+    found, notes = tokenize(
+        after(thought),
+        ChatFormat(with_template(CHATML.replace("message['content']", cut)), "model"),
+    )
+    assert isinstance(found, TokenizedPair)
+    assert notes == {"earlier_shortened"}
+    quoted = "(message.content|tojson if message.role == 'tool' else message.content)"
+    chat = ChatFormat(with_template(CHATML.replace("message['content']", quoted)), "model")
+    found, notes = tokenize(after(LOOK, Turn(TOOL, '{"legs": "8"}')), chat)
+    assert isinstance(found, TokenizedPair)
+    assert not notes
 
 
 @pytest.mark.parametrize(
