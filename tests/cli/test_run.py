@@ -234,16 +234,24 @@ BAD = {
     ),
     "data file empty": (rows(""), ["bad.jsonl' is empty"]),
     "not JSON at a line": (rows(pair(), "{no json}"), ["bad.jsonl, line 2: not JSON"]),
-    "no chosen": (rows(pair(), pair(chosen=None)), ["bad.jsonl, line 2: the row has no 'chosen'"]),
+    "no chosen": (
+        rows(pair(chosen=None)),
+        ["no example of the train split is left", "bad.jsonl, line 1: the row has no 'chosen'"],
+    ),
+    "too many rows of no use": (
+        rows(*[pair(prompt=f"{n}?") for n in range(9)], pair(chosen=None), pair(chosen=None)),
+        ["2 of 11 rows of the train split cannot be used", "2 x a response has no assistant turn",
+         "bad.jsonl, line 10", "raise data.max_bad_share=0.05"],
+    ),
     "chosen equals rejected everywhere": (
         rows(pair(rejected="the fox")),
-        ["no pair of the train split is left", "1 because chosen and rejected are the same",
+        ["no example of the train split is left", "1 x chosen and rejected are the same",
          "bad.jsonl, line 1"],
     ),
     "every prompt too long": (
         lambda _: {"data": {"max_prompt_length": 5}},
-        ["no pair of the train split is left", "12 because the prompt is longer than",
-         "train.jsonl, line 1: the prompt has", "Raise data.max_length"],
+        ["no example of the train split is left", "12 x the prompt alone is too long",
+         "train.jsonl, line 1: the prompt has", "Raise max_length"],
     ),
     "model folder without a tokenizer": (
         no_tokenizer, ["the folder has no tokenizer", "tokenizer.save_pretrained"],
@@ -272,8 +280,11 @@ def test_bad_input_is_answered_in_words(fpo, tmp_path, case):
     assert "Traceback" not in result.err + result.out
     for message in messages:
         assert message in result.err
-    # Nothing half-written reads as whole.
-    assert all(info.state == "complete" for info in list_artifacts(open_store(tmp_path / "store")))
+    # Nothing half-written reads as whole: shards of a split that is refused stay unfinished.
+    states = {info.state for info in list_artifacts(open_store(tmp_path / "store"))}
+    assert states <= {"complete", "partial"}
+    if "cannot be used" in result.err:
+        assert states == {"partial"}
 
 
 def test_single_bad_pairs_are_told_and_left_out(fpo, tmp_path):

@@ -102,10 +102,10 @@ def test_the_caches_of_one_warm_start_are_not_those_of_another(warm, fpo):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "a fox"}, r"line 1: not instruction data of a known shape .* it has 'text'"),
+        ({"text": "a fox"}, r"line 1: the row has no dialogue and no answer. It has 'text'"),
         ({"messages": [{"role": "user", "content": "fox?"}]}, "line 1: the dialogue has no answer"),
-        ({"messages": [{"role": "assistant", "content": "fox"}]}, "does not follow a user's turn"),
-        ({"prompt": "a", "completion": 3}, "not instruction data of a known shape"),
+        ({"messages": [{"role": "assistant", "content": "fox"}]}, "the dialogue begins with an assistant turn"),
+        ({"prompt": "a", "completion": 3}, "'completion' is a number, expected text"),
     ],
 )
 def test_data_that_is_none_is_named(fpo, tmp_path, row, message):
