@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 
 from fpo_core.data.conversations.model import ASSISTANT, SYSTEM, USER, Message, Turn
 from fpo_core.data.drops import Unusable
+from fpo_core.data.encode import Encoder
 from fpo_core.errors import FPOError
 
 log = logging.getLogger("fpo.data")
@@ -57,6 +58,7 @@ class ChatFormat:
             )
         self.tokenizer = tokenizer
         self.template = template
+        self._encoder = Encoder(tokenizer)
         self._date = dt.date.fromisoformat(date) if date else None
 
     def render(
@@ -118,11 +120,7 @@ class ChatFormat:
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Return token ids; the template has already written the special tokens."""
-        # transformers' tokenizers fail on an empty list.
-        if not texts:
-            return []
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
-        return encoded["input_ids"]
+        return self._encoder.ids(texts)
 
     @cached_property
     def _answered(self) -> tuple[str, str, str]:
