@@ -11,6 +11,9 @@ from itertools import chain
 from typing import Any
 
 
+TRIED_TEXTS = 32
+
+
 class Encoder:
     """Encodes rendered texts with a tokenizer.
 
@@ -23,9 +26,21 @@ class Encoder:
         tokens = _breaks(tokenizer)
         # Split before each of them; an empty list of alternatives would split everywhere.
         self._break = re.compile(f"(?={'|'.join(map(re.escape, tokens))})") if tokens else None
+        self._is_tried = False
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text."""
+        found = self._by_pieces(texts)
+        if self._break is None or self._is_tried or not texts:
+            return found
+        # A tokenizer of a kind that nobody thought of: the first texts say whether pieces serve.
+        self._is_tried = True
+        if found[:TRIED_TEXTS] == self._encoded(list(texts[:TRIED_TEXTS])):
+            return found
+        self._break = None
+        return self._by_pieces(texts)
+
+    def _by_pieces(self, texts: Sequence[str]) -> list[list[int]]:
         split = [self._pieces(text) for text in texts]
         pieces = list(dict.fromkeys(chain.from_iterable(split)))
         ids = dict(zip(pieces, self._encoded(pieces), strict=True))

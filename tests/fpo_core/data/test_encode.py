@@ -54,7 +54,7 @@ PIECES = st.sampled_from(
 @given(texts=st.lists(st.lists(PIECES, max_size=8).map("".join), max_size=5))
 def test_ids_are_those_of_the_whole_text(kind, texts):
     whole = [tokenizer(kind)(text, add_special_tokens=False)["input_ids"] for text in texts]
-    assert Encoder(tokenizer(kind)).ids(texts) == whole
+    assert Encoder(tokenizer(kind))._by_pieces(texts) == whole
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,7 +75,9 @@ def test_a_prompt_is_encoded_once_for_all_its_answers():
 
     counting = Counting()
     prompt = "<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n"
-    Encoder(counting).ids([prompt, prompt + "fox<|im_end|>", prompt + "dog<|im_end|>"])
+    encoder = Encoder(counting)
+    encoder.ids([prompt])  # the first texts are encoded whole, too, to compare
+    encoder.ids([prompt, prompt + "fox<|im_end|>", prompt + "dog<|im_end|>"])
     assert sum(text.count("why") for text in counting.texts) == 1
     assert Encoder(counting).ids([]) == []
 
@@ -115,3 +117,22 @@ def test_a_tokenizer_in_python_encodes_whole_texts():
         is_fast = False
 
     assert _breaks(Slow()) == []
+
+
+def test_a_tokenizer_whose_pieces_do_not_serve_encodes_whole_texts():
+    class PrefixOfTheText:
+        """Puts a space before a text, wherever it begins."""
+
+        is_fast = True
+        chat_template = CHATML
+        added_tokens_decoder = make_tokenizer().added_tokens_decoder
+
+        def __call__(self, texts: list[str], **options: Any) -> Any:
+            return make_tokenizer()([f" {text}" for text in texts], **options)
+
+    odd = PrefixOfTheText()
+    texts = ["<|im_start|>user\nwhy<|im_end|>", "<|im_start|>user\nfox<|im_end|>"]
+    whole = odd(texts, add_special_tokens=False)["input_ids"]
+    encoder = Encoder(odd)
+    assert encoder._by_pieces(texts) != whole
+    assert encoder.ids(texts) == encoder.ids(texts) == whole
