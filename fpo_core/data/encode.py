@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
-
 TRIED_TEXTS = 32
 
 
