@@ -97,6 +97,7 @@ def _recipe(
     given |= {
         "data.max_length": 2048,
         "data.max_prompt_length": None,
+        "data.metadata": [],
         "data.train": source,
         "data.heldout": source,
     }

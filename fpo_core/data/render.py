@@ -95,8 +95,7 @@ class ChatFormat:
                 continue_final_message=continued,
             )
         except _FAULTS as error:
-            kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-            raise Unusable("template", f"the chat template refuses it: {kind}{error}") from error
+            raise Unusable("template", f"the chat template refuses it: {error}") from error
 
     def prompt_text(self, prompt: Sequence[Message]) -> str:
         """Return a prompt up to and with the opener of the assistant's turn, for generation.
@@ -152,9 +151,10 @@ class ChatFormat:
 
     @cached_property
     def takes_system(self) -> bool:
-        """Whether the template renders a system turn."""
+        """Whether the template renders a system turn; some leave it out once there is an answer."""
         try:
-            return MARK in self.render([Turn(SYSTEM, MARK), Turn(USER, "a")])
+            turns = [Turn(SYSTEM, MARK), Turn(USER, "a"), Turn(ASSISTANT, "b")]
+            return MARK in self.render(turns)
         except Unusable:
             return False
 

@@ -122,7 +122,7 @@ class Tokenization:
             "lengths": {"before": self.before.as_json(), "after": after.as_json()},
             "sources": [
                 # The name without its folder: a manifest holds no machine's paths.
-                {"split": split, "source": path.rpartition("/")[2], **survey.as_json()}
+                {"split": split, "source": path.rstrip("/").rpartition("/")[2], **survey.as_json()}
                 for (split, path), survey in self._surveys()
             ],
         }

@@ -34,7 +34,8 @@ def read_yaml(text: str) -> Any:
     """Return what a YAML text says.
 
     Raises:
-        RecipeError: not YAML, a key that occurs twice, or nested too deeply.
+        RecipeError: not YAML, a date that does not exist, a key that occurs twice, or nested too
+            deeply.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
@@ -42,3 +43,5 @@ def read_yaml(text: str) -> Any:
         raise RecipeError("nested too deeply; a recipe has sections and settings") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"not YAML ({' '.join(str(error).split())})") from error
+    except ValueError as error:  # of `2026-02-30`, which YAML reads as a date
+        raise RecipeError(f"not YAML: a value cannot be read ({error})") from error

@@ -124,3 +124,13 @@ def test_the_command_tells_its_version(fpo):
     done = fpo("--version")
     assert done.code == 0
     assert done.out.startswith("fpo-pipeline ")
+
+
+def test_a_file_has_none_of_the_settings_of_another_recipe(fpo, model, tmp_path):
+    """What a folder holds is told under its name, too."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    write(folder / "d.jsonl", [{**PAIR, "topic": "animals"}])
+    done = fpo("data", "check", f"{folder}/", *model)
+    assert "not used    topic (1)" in done.out
+    assert "train  pairs  1 row" in done.out

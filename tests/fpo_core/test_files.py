@@ -78,6 +78,7 @@ def test_a_model_with_code_of_its_own_asks_no_question(tmp_path, monkeypatch):
         ("train: {lr: 0.5}\ntrain: {alpha: 1}", r"'train' occurs twice, on lines \d+ and \d+"),
         ("train:\n  lr: 0.5\n  lr: 1", "'lr' occurs twice"),
         ("x: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("data: {date: 2026-02-30}", "a value cannot be read"),
         ("x: [", "not YAML"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpo_core.data.conversations.model import ASSISTANT, USER, Conversation, Turn
+from fpo_core.data.conversations.model import ASSISTANT, SYSTEM, USER, Conversation, Turn
 from fpo_core.data.drops import DroppedPair
 from fpo_core.data.lengths import ExampleLengths
 from fpo_core.data.mixture import without_leaks
@@ -158,3 +158,23 @@ def test_lengths_count_what_was_kept_and_what_there_was():
         len(found.prompt_ids), (len(found.chosen_ids), len(found.rejected_ids))
     )
     assert found.lengths.longest == len(found.prompt_ids) + len(found.rejected_ids)
+
+
+def test_a_template_that_forgets_the_system_turn_once_it_is_answered_takes_none():
+    """As Mistral's, which puts it into the last user turn, and that only if nothing follows."""
+    template = TOKENIZER.chat_template.replace(
+        "message['content']",
+        "((messages[0].content + ' ') if loop.last and message.role == 'user' and "
+        "messages[0].role == 'system' else '') + message['content']",
+    ).replace(
+        "{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"
+    )
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    chat = ChatFormat(tokenizer, "model")
+    assert "brief" in chat.render([Turn(SYSTEM, "Be brief."), Turn(USER, "a")], opener=True)
+    assert not chat.takes_system
+    asked = pair()._replace(prompt=(Turn(SYSTEM, "Be brief."), Turn(USER, "why")))
+    (found,) = Tokenizer(chat, LIMITS, "fold").tokenize([asked])
+    assert isinstance(found, TokenizedPair)
+    assert "Be brief.\n\nwhy" in chat.tokenizer.decode(found.prompt_ids)
