@@ -78,7 +78,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path):
 
 
 def test_a_folder_that_is_no_sae_says_what_one_is(tmp_path):
-    with pytest.raises(FPOError, match=r"no cfg\.json there.*sae-lens' disk format"):
+    with pytest.raises(FPOError, match=r"the folder is empty.*sae-lens \(cfg\.json"):
         sae_folder(str(tmp_path))
     folder = save_sae(tmp_path / "cut")
     weights = folder / "sae_weights.safetensors"
