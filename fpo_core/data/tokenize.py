@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
+from fpo_core.data.conversations.messages import REASONING_KEYS
 from fpo_core.data.conversations.model import (
     ASSISTANT,
     SYSTEM,
@@ -277,7 +278,7 @@ class Tokenizer:
             for name, _ in turn.extra:
                 if name in ("name", "tool_call_id"):
                     continue
-                if name != "tool_calls" and place < len(given.prompt):
+                if name in REASONING_KEYS and place < len(given.prompt):
                     continue
                 rest = tuple(item for item in turn.extra if item[0] != name)
                 without = [*turns[:place], turn._replace(extra=rest), *turns[place + 1 :]]

@@ -36,12 +36,11 @@ ROLES = {
 }
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # Parts of a turn that templates render; everything else of a message is provenance.
 EXTRA_KEYS = (
     "tool_calls",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
+    *REASONING_KEYS,
     "name",
     "tool_call_id",
     "function_call",

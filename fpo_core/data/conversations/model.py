@@ -30,7 +30,8 @@ class Turn(NamedTuple):
     @property
     def says_something(self) -> bool:
         """Return whether the turn has text or calls a tool."""
-        return bool(self.content.strip()) or any(name == "tool_calls" for name, _ in self.extra)
+        calls = any(name in ("tool_calls", "function_call") for name, _ in self.extra)
+        return calls or bool(self.content.strip())
 
 
 class Conversation(NamedTuple):
