@@ -104,7 +104,7 @@ def test_the_caches_of_one_warm_start_are_not_those_of_another(warm, fpo):
     [
         ({"text": "a fox"}, r"line 1: the row has no dialogue and no answer. It has 'text'"),
         ({"messages": [{"role": "user", "content": "fox?"}]}, "line 1: the dialogue has no answer"),
-        ({"messages": [{"role": "assistant", "content": "fox"}]}, "the dialogue begins with an assistant turn"),
+        ({"messages": [{"role": "assistant", "content": "fox"}]}, "begins with an assistant turn"),
         ({"prompt": "a", "completion": 3}, "'completion' is a number, expected text"),
     ],
 )

@@ -262,6 +262,8 @@ def _check(found: Compared, prefilled: bool) -> None:
     for side in (found.chosen, found.rejected):
         if not all(turn.says_something for turn in side if turn.role == ASSISTANT):
             raise Unusable("empty")
+        if not all(turn.is_learnt for turn in side if turn.role == ASSISTANT):
+            raise Unusable("unsupported", "a side has a turn with `weight: 0`, and all are scored")
         joint = found.prompt[:-1] if prefilled else found.prompt
         check_order((*joint, *side))
 

@@ -186,6 +186,11 @@ def test_arena_votes_of_several_rounds_part_at_the_first_answer(tmp_path):
             "unsupported",
             "'documents'",
         ),
+        (
+            {**NAMED, "chosen": [{"role": "assistant", "content": EIGHT, "weight": 0}]},
+            "unsupported",
+            "`weight: 0`",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_dropped_with_its_reason(tmp_path, row, reason, detail):
