@@ -8,6 +8,7 @@ from fpo_core.data.conversations.model import Conversation
 from fpo_core.data.conversations.reader import Survey
 from fpo_core.data.drops import REASONS
 from fpo_core.data.lengths import EDGES
+from fpo_core.data.metadata import metadata_columns
 from fpo_core.data.mixture import (
     HELDOUT,
     TRAIN,
@@ -106,9 +107,10 @@ def check_data(
     assert settings is not None
     rules = rules_of(recipe, settings, section)
     sources = {name: s for name, s in _sources_of(recipe, section).items() if name in splits}
-    work = Tokenization(chat, sources, _resolved(sources), rules)
+    resolved = _resolved(sources)
+    work = Tokenization(chat, sources, resolved, rules)
     examples: list[ShownExample] = []
-    error: str | None = None
+    error = _missing_metadata(sources, resolved)
     with Progress(section, total=None, unit="example") as progress:
         for split in work.splits:
             try:
@@ -143,6 +145,17 @@ def _resolved(sources: Mapping[str, Sequence[SplitSource]]) -> dict[str, Resolve
         if found.files is not None:
             resolved[path] = found.files
     return resolved
+
+
+def _missing_metadata(
+    sources: Mapping[str, Sequence[SplitSource]], resolved: Mapping[str, Resolved]
+) -> str | None:
+    """Return why a run would stop at the recipe's metadata columns, None if it would not."""
+    try:
+        metadata_columns(sources, resolved)
+    except FPOError as error:
+        return str(error)
+    return None
 
 
 def _base_folder(recipe: Recipe) -> Path:

@@ -26,8 +26,12 @@ def python(*arguments: str, cwd: Path, path: Path | None = None) -> subprocess.C
     more = {"PYTHONPATH": str(path)} if path else {}
     return subprocess.run(
         [sys.executable, *arguments],
-        capture_output=True, text=True, cwd=cwd, env={**os.environ, **more}, input="{}",
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **more},
+        input="{}",
+    )
 
 
 LOAD = """

@@ -59,6 +59,7 @@ REASONS: dict[str, Reason] = {
     "token_ids": Reason("a side is a list of numbers, not text"),
     "not_text": Reason("a text is a number or another value"),
     "unknown_role": Reason("a turn has an unknown role or none"),
+    "ambiguous_turn": Reason("a turn says two different things"),
     "two_systems": Reason("the row has two different system prompts"),
     # Conversations that cannot be learnt from.
     "empty_prompt": Reason("the prompt is empty"),

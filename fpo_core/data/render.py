@@ -158,6 +158,11 @@ class ChatFormat:
         except Unusable:
             return False
 
+    @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Texts that become control tokens, wherever they stand."""
+        return tuple({*self.tokenizer.all_special_tokens, self.end.strip()} - {""})
+
     def end_tokens(self) -> tuple[int, ...]:
         """Return the token ids that end an answer: the end of turn, and the tokenizer's EOS.
 

@@ -46,6 +46,18 @@ class Constant(Settings):
 Columns = Mapping[str, str | Constant]
 
 
+def check_columns(columns: dict[str, str | Constant] | None) -> dict[str, str | Constant] | None:
+    """Refuse a mapping of fields that no row has.
+
+    Raises:
+        ValueError: naming the field and those that exist.
+    """
+    unknown = sorted({*(columns or {})} - {*FIELDS})
+    if unknown:
+        raise ValueError(f"unknown field {', '.join(unknown)}; fields: {', '.join(FIELDS)}")
+    return columns
+
+
 class SourceSettings(Settings):
     """One source of rows; a plain string in the recipe is its path."""
 
@@ -69,12 +81,7 @@ class SourceSettings(Settings):
     def _from_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
 
-    @field_validator("columns")
-    @classmethod
-    def _known_fields(
-        cls, columns: dict[str, str | Constant] | None
-    ) -> dict[str, str | Constant] | None:
-        return check_columns(columns)
+    _known_fields = field_validator("columns")(check_columns)
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> Any:
@@ -166,12 +173,7 @@ class TextSettings(Settings):
         "`with_end` puts it back",
     )
 
-    @field_validator("columns")
-    @classmethod
-    def _known_fields(
-        cls, columns: dict[str, str | Constant] | None
-    ) -> dict[str, str | Constant] | None:
-        return check_columns(columns)
+    _known_fields = field_validator("columns")(check_columns)
 
     @model_validator(mode="after")
     def _room_for_an_answer(self) -> "TextSettings":
@@ -254,15 +256,3 @@ class DataSettings(TextSettings):
     def heldout_sources(self) -> Sources:
         """Return the sources that held-out pairs are read from."""
         return self.train if isinstance(self.heldout, HeldoutShare) else self.heldout
-
-
-def check_columns(columns: dict[str, str | Constant] | None) -> dict[str, str | Constant] | None:
-    """Refuse a mapping of fields that no row has.
-
-    Raises:
-        ValueError: naming the field and those that exist.
-    """
-    unknown = sorted({*(columns or {})} - {*FIELDS})
-    if unknown:
-        raise ValueError(f"unknown field {', '.join(unknown)}; fields: {', '.join(FIELDS)}")
-    return columns

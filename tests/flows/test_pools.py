@@ -7,7 +7,8 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -162,6 +163,22 @@ def test_a_run_that_no_worker_takes_is_told_and_goes_with_its_parent(
     assert child.state.type.value in ("CANCELLING", "CANCELLED")
 
 
+def in_training(
+    finished_run: Any, store: Path, rate: str, said: list[Path]
+) -> tuple[UUID, list[str]]:
+    """Start the pipeline on both pools and wait for its first training step."""
+    shutil.copytree(finished_run.store, store)
+    overrides = ["train.epochs=100", rate, "resources.checkpoint_minutes=100"]
+    parent = submit(
+        "fpo-pipeline/quickstart",
+        recipe=str(finished_run.recipe),
+        store=str(store),
+        overrides=[*overrides, POOLS],
+    )
+    wait_for(lambda: steps_logged(store) > 0, *said)
+    return parent, overrides
+
+
 def test_stages_are_handed_to_the_pools_and_run_again_by_themselves(site, workers, tmp_path):
     said = [worker.said for worker in workers]
     given = {"recipe": str(save_recipe(tmp_path)), "store": str(tmp_path / "store")}
@@ -206,13 +223,7 @@ def test_a_cancelled_parent_cancels_the_training_that_it_handed_over(
     """In mid-training: a checkpoint in the store, and the next run starts from it."""
     said = [worker.said for worker in workers]
     store = tmp_path / "store"
-    shutil.copytree(finished_run.store, store)
-    overrides = ["train.epochs=100", "train.lr=1e-6", "resources.checkpoint_minutes=100"]
-    parent = submit(
-        "fpo-pipeline/quickstart", recipe=str(finished_run.recipe), store=str(store),
-        overrides=[*overrides, POOLS],
-    )  # fmt: skip
-    wait_for(lambda: steps_logged(store) > 0, *said)
+    parent, overrides = in_training(finished_run, store, "train.lr=1e-6", said)
     prefect("flow-run", "cancel", str(parent))
     wait_for(lambda: state_of(parent) == "CANCELLED", *said)
     (child,) = [one for one in children(ended(parent)) if "train" in one.parameters["stages"]]
@@ -231,13 +242,7 @@ def test_a_killed_parents_training_is_cancelled(site, workers, finished_run, tmp
     """Prefect runs the hook in a process of its own, started in its ``runner/`` folder."""
     said = [worker.said for worker in workers]
     store = tmp_path / "store"
-    shutil.copytree(finished_run.store, store)
-    overrides = ["train.epochs=100", "train.lr=2e-6", "resources.checkpoint_minutes=100"]
-    parent = submit(
-        "fpo-pipeline/quickstart", recipe=str(finished_run.recipe), store=str(store),
-        overrides=[*overrides, POOLS],
-    )  # fmt: skip
-    wait_for(lambda: steps_logged(store) > 0, *said)
+    parent, _ = in_training(finished_run, store, "train.lr=2e-6", said)
     (child,) = [one for one in children(read_run(parent)) if "train" in one.parameters["stages"]]
     workers[0].kill_runs()
     wait_for(lambda: state_of(parent) == "CRASHED", *said)

@@ -86,11 +86,17 @@ NOTES: dict[str, str] = {
     "folded": "the system prompt was folded into the first user turn (data.system=fold)",
     "answer_shortened": "the chat template changes an answer's text",
     "earlier_shortened": "the chat template leaves out part of an earlier answer, as its thoughts",
+    "names_left_out": "the chat template does not render a turn's `name` or `tool_call_id`",
+    "role_markers": "a text contains another format's role markers and is read as one turn",
     "opener": "the generation prompt is no prefix of an answered conversation; answers follow the "
     "assistant's plain opener",
     "prompt_cut": "the prompt was cut (data.truncation)",
     "answer_cut": "an answer was cut (data.truncate_answers)",
 }
+
+
+# Fields that no row can do without, once a mapping names them.
+_NEEDED = ("prompt", "chosen", "rejected", "messages", "completion")
 
 
 def mapped_row(row: Mapping[str, Any], columns: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -112,6 +118,8 @@ def mapped_row(row: Mapping[str, Any], columns: Mapping[str, Any] | None) -> dic
     for field, path in columns.items():
         constant = getattr(path, "constant", None)
         fields[field] = constant if constant is not None else value_at(row, path, field)
+        if field in _NEEDED and is_absent(fields[field]):
+            raise Unusable("missing_field", f"data.columns.{field}={path}: it is null in this row")
         if constant is None:
             taken.add(path if path in row else path.partition(".")[0])
             paths.add(path)

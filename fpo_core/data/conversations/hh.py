@@ -9,14 +9,26 @@ from fpo_core.data.drops import Unusable
 _MARKER = re.compile(r"(?:\A\s*|\n[ \t\r]*\n[ \t]*)(Human|Assistant|System):")
 # Some write each turn on a line of its own, without blank lines.
 _LINE_MARKER = re.compile(r"(?:\A\s*|\n[ \t]*)(Human|Assistant|System):")
+_SEARCHED = 20_000  # characters; markers stand early
 _START = re.compile(r"\s*(Human|System):")
 _ANSWER = re.compile(r"\n[ \t]*Assistant:")
+# Markers of formats that are not read: their dialogues stay one turn, and that is counted.
+_OTHER = re.compile(
+    r"(?m)^[ \t]*(?:(?:USER|ASSISTANT|User|GPT|H|A):\s"
+    r"|###\s*(?:Human|Assistant|Instruction|Response)"
+    r"|<extra_id_1>|<\|(?:im_start|user|assistant|prompter)\|>|\[INST\]|<start_of_turn>)"
+)
 _ROLES = {"Human": USER, "Assistant": ASSISTANT, "System": SYSTEM}
 
 
 def is_dialogue(text: object) -> bool:
     """Return whether a value is the text of a whole dialogue: it begins with a marked turn."""
     return isinstance(text, str) and bool(_START.match(text) and _ANSWER.search(text))
+
+
+def has_other_markers(text: str) -> bool:
+    """Return whether a text has another format's role markers, a turn's and an answer's."""
+    return len(_OTHER.findall(text[:_SEARCHED])) > 1
 
 
 def is_answer(text: str) -> bool:

@@ -34,7 +34,7 @@ ROLES = {
     "function_response": TOOL,
     "tool_response": TOOL,
 }
-ROLE_KEYS = ("role", "from", "speaker")
+ROLE_KEYS = ("role", "from", "speaker", "sender")
 CONTENT_KEYS = ("content", "value", "text")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # Parts of a turn that templates render; everything else of a message is provenance.
@@ -86,20 +86,72 @@ def turn_of(message: Any, default_role: str | None = None) -> Turn:
         raise Unusable("images", f"a turn has {media!r}, this pipeline reads text only")
     role = _role(message, default_role)
     extra = tuple(
-        (key, message[key])
+        (key, _extra(key, message[key]))
         for key in EXTRA_KEYS
         if not is_absent(message.get(key)) and message[key] != ""
     )
-    content = next(
-        (message[key] for key in CONTENT_KEYS if message.get(key) is not None),
-        None,
-    )
     return Turn(
         role=role,
-        content=text_of(content, f"the {role} turn's content"),
+        content=_content(message, role),
         extra=extra,
         is_learnt=message.get("weight") != 0,
     )
+
+
+def _content(message: Mapping[str, Any], role: str) -> str:
+    found = [key for key in CONTENT_KEYS if message.get(key) is not None]
+    texts = [text_of(message[key], f"the {role} turn's {key}") for key in found]
+    said = [(key, text) for key, text in zip(found, texts, strict=True) if text]
+    for key, text in said[1:]:
+        if text != said[0][1]:
+            raise Unusable("ambiguous_turn", f"a turn's {said[0][0]!r} and {key!r} differ")
+    return said[0][1] if said else ""
+
+
+def _extra(key: str, value: Any) -> Any:
+    """Return a turn's extra part as templates take it: calls may be JSON text, nulls are left out.
+
+    Raises:
+        Unusable: calls that are no list of objects.
+    """
+    if key != "tool_calls":
+        return without_nulls(value)
+    calls = objects_of(value)
+    if calls is None:
+        raise Unusable("unsupported", "`tool_calls` is not a list of calls")
+    return calls
+
+
+def objects_of(value: Any) -> list[Any] | None:
+    """Return a list of objects, which may be JSON text or hold JSON texts; None for anything else.
+
+    Nulls inside are left out: Arrow fills them in, and `datasets` writes them to JSON.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value, strict=False)
+        except (ValueError, RecursionError):
+            return None
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return None
+    found: list[Any] = []
+    for each in value:
+        inner = objects_of(each) if isinstance(each, str) else [each]
+        if inner is None or not all(isinstance(one, Mapping) for one in inner):
+            return None
+        found += [without_nulls(one) for one in inner]
+    return found
+
+
+def without_nulls(value: Any) -> Any:
+    """Return plain values without the keys that are null, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [without_nulls(inner) for inner in value]
+    return value
 
 
 def turns_of(messages: Any, what: str) -> list[Turn]:

@@ -53,6 +53,14 @@ class Conversation(NamedTuple):
         """Return the sides there are."""
         return (self.chosen,) if self.rejected is None else (self.chosen, self.rejected)
 
+    def whole(self, side: tuple["Turn", ...]) -> tuple["Turn", ...]:
+        """Return all turns of a side; a prefilled answer and its rest are one turn."""
+        last, first = self.prompt[-1], side[0]
+        if last.role == first.role == ASSISTANT:
+            answer = first._replace(content=last.content + first.content)
+            return (*self.prompt[:-1], answer, *side[1:])
+        return (*self.prompt, *side)
+
     @property
     def pair_id(self) -> str:
         """Return 16 hex digits that follow from the content alone."""

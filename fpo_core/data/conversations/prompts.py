@@ -8,6 +8,7 @@ from fpo_core.data.conversations import hh
 from fpo_core.data.conversations.fields import Fields
 from fpo_core.data.conversations.messages import (
     MEDIA_KEYS,
+    objects_of,
     parsed_messages,
     same_text,
     text_of,
@@ -28,9 +29,9 @@ PROMPTS = (
 )
 # Columns that add to an instruction, as in Alpaca and Dolly; they serve alone, too.
 SUPPLEMENTS = ("input", "context")
-SYSTEMS = ("system", "system_prompt", "system_message")
+SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction", "sys")
 # Columns that change what a model reads or writes, and that nothing here can render.
-_UNSUPPORTED = ("documents", "chat_template_kwargs", "functions")
+_UNSUPPORTED = ("documents", "chat_template_kwargs", "functions", "initial_reason_steps")
 
 
 def refuse_unsupported(fields: Fields) -> None:
@@ -63,18 +64,12 @@ def read_tools(fields: Fields) -> tuple[Any, ...]:
         Unusable: the value is no list of tools.
     """
     tools = fields.take("tools")
-    if isinstance(tools, str):
-        if not tools.strip():
-            return ()
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise Unusable("unsupported", "`tools` is text that is not JSON") from error
-    if tools is None:
+    if tools is None or (isinstance(tools, str) and not tools.strip()):
         return ()
-    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+    found = objects_of(tools)
+    if found is None:
         raise Unusable("unsupported", "`tools` is not a list of tool descriptions")
-    return tuple(tools)
+    return tuple(found)
 
 
 def read_prompt(fields: Fields, names: Sequence[str] = PROMPTS) -> list[Turn]:
@@ -135,6 +130,8 @@ def _turns(fields: Fields, name: str) -> list[Turn]:
             return hh.prompt_turns(value)
         parsed = parsed_messages(value)
         if parsed is None:
+            if hh.has_other_markers(value):
+                fields.notes.add("role_markers")
             return [Turn(USER, value)]
         fields.notes.add("json_text")
         return turns_of(parsed, f"{name!r}")

@@ -287,6 +287,12 @@ def _hint(fields: Fields) -> str:
         )
     if "text" in fields:
         return f"the row is plain text, a comparison needs a prompt and two answers. It has {have}"
+    alone = fields.first(("response", "completion", "answer", "output"))
+    if alone and isinstance(fields.peek(alone), str):
+        return (
+            f"the row has one answer ({alone!r}), a comparison needs two. It has {have}. Name both "
+            f"in data.columns, join rows of one prompt, or use them in `sft`"
+        )
     return (
         f"the row has no two answers with a preference. It has {have}. Say where they are: "
         f"data.columns={{prompt: ..., chosen: ..., rejected: ...}}"

@@ -187,6 +187,26 @@ def test_arena_votes_of_several_rounds_part_at_the_first_answer(tmp_path):
             "'documents'",
         ),
         (
+            {**NAMED, "initial_reason_steps": "Step 1."},
+            "unsupported",
+            "'initial_reason_steps'",
+        ),
+        (
+            {**NAMED, "chosen": [{"from": "gpt", "value": EIGHT, "content": MANY}]},
+            "ambiguous_turn",
+            "'content' and 'value' differ",
+        ),
+        (
+            {**NAMED, "chosen": [{"role": "assistant", "content": EIGHT, "tool_calls": "w()"}]},
+            "unsupported",
+            "`tool_calls` is not a list of calls",
+        ),
+        (
+            {"prompt": ASKED, "response": EIGHT, "helpfulness": 3},
+            "shape",
+            "one answer ('response')",
+        ),
+        (
             {**NAMED, "chosen": [{"role": "assistant", "content": EIGHT, "weight": 0}]},
             "unsupported",
             "`weight: 0`",
@@ -255,3 +275,54 @@ def test_a_dialogue_with_another_prompt_is_dropped(tmp_path):
     (dropped,), _ = read(tmp_path, row, turns="all")
     assert isinstance(dropped, DroppedPair)
     assert dropped.reason == "prompt_mismatch"
+
+
+@pytest.mark.parametrize("name", ["system", "system_instruction", "sys"])
+def test_a_system_prompt_is_read_from_each_of_its_columns(tmp_path, name):
+    (pair,), _ = read(tmp_path, {**NAMED, name: "Be brief."})
+    assert said(pair)[0] == [("system", "Be brief."), ("user", ASKED)]
+
+
+TOOL = {"type": "function", "function": {"name": "w", "description": None}}
+WRITTEN = {"type": "function", "function": {"name": "w"}}
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [[TOOL], TOOL, json.dumps([TOOL]), json.dumps(TOOL), [json.dumps(TOOL)], [WRITTEN]],
+    ids=["list", "object", "text", "text of an object", "list of texts", "no nulls"],
+)
+def test_tools_are_the_same_however_they_are_written(tmp_path, tools):
+    """Nulls are left out as from Parquet: `datasets` writes them to JSON."""
+    (pair,), _ = read(tmp_path, {**NAMED, "tools": tools})
+    assert isinstance(pair, Conversation)
+    assert pair.tools == (WRITTEN,)
+    call = {"role": "assistant", "content": EIGHT, "tool_calls": tools}
+    (called,), _ = read(tmp_path, {**NAMED, "chosen": [call]})
+    assert isinstance(called, Conversation)
+    assert called.chosen[0].extra == (("tool_calls", [WRITTEN]),)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "USER: Hi.\nASSISTANT: Hello.\nUSER: Why?",
+        "Hi.\n<extra_id_1>Assistant\nHello.\n<extra_id_1>User\nWhy?",
+        "### Human: Hi.\n### Assistant: Hello.\n### Human: Why?",
+        "<|im_start|>user\nHi.\n<|im_start|>assistant\nHello.",
+    ],
+)
+def test_the_role_markers_of_other_formats_are_counted(tmp_path, prompt):
+    (pair,), survey = read(tmp_path, {**NAMED, "prompt": prompt})
+    assert said(pair)[0] == [("user", prompt)]
+    assert survey.notes["role_markers"] == 1
+    _, plain = read(tmp_path, {**NAMED, "prompt": "A: is this a marker?"})
+    assert not plain.notes
+
+
+def test_a_mapped_field_that_is_null_is_told_as_such(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"q": None, "chosen": EIGHT, "rejected": MANY}) + "\n")
+    (dropped,) = read_source(str(path), None, Reading(columns={"prompt": "q"}))
+    assert isinstance(dropped, DroppedPair)
+    assert dropped.detail == "data.columns.prompt=q: it is null in this row"

@@ -41,6 +41,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "no_preference": {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "tie"},
     "shape": {"text": "plain"},
     "ambiguous": {**PAIR, "instruction": "Sum it up."},
+    "ambiguous_turn": {
+        **PAIR,
+        "chosen": [{"role": "assistant", "content": "a", "value": "b"}],
+    },
     "unsupported": {**PAIR, "documents": [{"text": "page"}]},
     "images": {**PAIR, "images": ["a.png"]},
     "candidates": {**PAIR, "chosen": ["a", "b"]},

@@ -19,6 +19,7 @@ from fpo_core.data.conversations.model import (
     Turn,
 )
 from fpo_core.data.drops import DroppedPair, Unusable
+from fpo_core.data.left_out import check_rendered
 from fpo_core.data.render import ChatFormat, pinned_date
 from fpo_core.data.tokenize import TokenizedPair, Tokenizer
 from fpo_core.data.truncation import Limits
@@ -284,3 +285,29 @@ def test_a_template_that_writes_nothing_for_one_answer_has_no_end_for_it():
     found, _ = tokenize(plain(), ChatFormat(tokenizer, "model"))
     assert isinstance(found, DroppedPair)
     assert found.reason in ("no_end", "rewritten")
+
+
+def test_a_turn_that_is_left_out_is_found_where_its_text_stands_elsewhere():
+    """The system prompt is the word that the user says, too."""
+    template = CHATML.replace(
+        "{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"
+    )
+    said = Conversation(
+        prompt=(Turn(SYSTEM, "fox"), Turn(USER, "Say fox.")),
+        chosen=(Turn(ASSISTANT, "yes"),),
+        rejected=(Turn(ASSISTANT, "no"),),
+        where="line 1",
+    )
+    chat = ChatFormat(with_template(template), "model")
+    wholes = [chat.up_to_end(chat.render(said.whole(side))) for side in said.sides]
+    with pytest.raises(Unusable, match="leaves out a system turn"):
+        check_rendered(chat, said, wholes)
+
+
+@pytest.mark.parametrize("name", ["name", "tool_call_id"])
+def test_names_that_the_template_does_not_render_are_noted(name):
+    asked = plain()._replace(prompt=(Turn(USER, "why", ((name, "bo"),)),))
+    work = Tokenizer(ChatFormat(with_template(CHATML), "model"), Limits(None, 5000))
+    (found,) = work.tokenize([asked])
+    assert isinstance(found, TokenizedPair)
+    assert work.notes["names_left_out"] == 1
