@@ -248,7 +248,7 @@ def test_a_killed_parents_training_is_cancelled(site, workers, finished_run, tmp
     wait_for(lambda: state_of(parent) == "CRASHED", *said)
     wait_for(lambda: state_of(child.id) == "CANCELLED", *said)
     wait_for(lambda: all("worker start" in line for line in children_of(workers[1].mark)), *said)
-    assert list(store.glob("artifacts/policy/*/checkpoints/step-*/saved.json"))
+    wait_for(lambda: list(store.glob("artifacts/policy/*/checkpoints/step-*/saved.json")), *said)
     assert "Runner failed to retrieve flow" not in workers[0].said.read_text()
 
 
