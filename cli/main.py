@@ -170,6 +170,10 @@ def plan(
     response_tokens: Annotated[
         float | None, typer.Option(min=1, metavar="N", help="... with answers of N tokens each.")
     ] = None,
+    rehash: Annotated[
+        bool,
+        typer.Option("--rehash", help="Read every model, SAE and data file again; see below."),
+    ] = False,
     store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> None:
@@ -177,6 +181,9 @@ def plan(
 
     A stage is computed where something that its result follows from is not as in any artifact that
     is stored; `why` says what, against the nearest one.
+
+    Files are identified by content. Their digests are remembered until a file's inode, size or
+    times change; --rehash forgets them all, for file systems whose times cannot be trusted.
 
     \b
     Examples:
@@ -187,6 +194,7 @@ def plan(
     from cli.estimates import print_estimates
     from cli.show import print_json, print_plan
     from cli.show_data import planned_lines
+    from fpo_core.models.source import forget_digests
     from fpo_core.recipe import load_recipe
     from tasks.data_check import planned_sources
     from tasks.estimate import WhatIf, estimate_plan
@@ -196,6 +204,8 @@ def plan(
 
     settings = load_recipe(recipe, overrides or [])
     artifacts = recipe_store(settings, store)
+    if rehash:
+        forget_digests()
     planned = make_plan(settings, artifacts)
     stages = asked_stages(planned, from_stage, only_stage)
     reasons = explain_plan(planned, artifacts)

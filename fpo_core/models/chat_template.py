@@ -4,10 +4,10 @@ A template that writes the day's date has to be known before anything runs: the 
 the version of what it renders.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from fpo_core.files import read_json_object
 from fpo_core.models.source import (
     cache_folder,
     existing_folder,
@@ -53,10 +53,9 @@ def _first(files: Any) -> str | None:
 
 
 def _of_file(path: Path) -> str | None:
-    text = path.read_text(encoding="utf-8")
     if path.suffix == ".jinja":
-        return text
-    template = json.loads(text).get("chat_template")
+        return path.read_text(encoding="utf-8")
+    template = read_json_object(path, "model").get("chat_template")
     if isinstance(template, list):  # several by name
         template = "".join(entry["template"] for entry in template)
     return template

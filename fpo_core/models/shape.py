@@ -3,11 +3,11 @@
 A model that is not on this machine is known here only when the shipped recipes name it.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fpo_core.files import read_json_object
 from fpo_core.models import source as sources
 from fpo_core.models.gguf import converted_folder
 
@@ -57,7 +57,7 @@ def model_shape(source: str, revision: str | None = None) -> tuple[ModelShape, s
         revision: of a model on the hub.
     """
     file = _config_file(source, revision)
-    shape = _of_config(json.loads(file.read_text())) if file else None
+    shape = _of_config(read_json_object(file, "model")) if file else None
     if shape:
         return shape, "config.json"
     published = PUBLISHED.get(source)

@@ -13,15 +13,33 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from fpo_core.errors import FPOError
+from fpo_core.files import read_json_object
 
 # Part of a converted model's identity: raise it when the conversion's result changes.
 GGUF_CONVERSION = 1
-# What decides a model's behaviour; READMEs and licences do not.
-MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+# All that transformers may load of a folder; READMEs and licences decide nothing.
+MODEL_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.model",
+    "*.jinja",
+    "merges.txt",
+    "vocab.txt",
+    "dict.txt",
+    "bpe.codes",
+    "vocab.bpe",
+    "*.spm",
+    "*.tiktoken",
+    "additional_chat_templates/*.jinja",
+)
+# A file changed this shortly before it was read may change again within one tick of its clock.
+_SURE_AFTER = 2.0  # seconds; FAT's tick is the longest
 # Where the recipe gemma2-tiny finds what `fpo make-tiny-gemma` makes.
 TINY_GEMMA = "gemma2-tiny"
 
@@ -106,9 +124,14 @@ def folder_with_weights(source: str) -> Path:
     """Return the folder that a path source names, checked for weights that are hashed.
 
     Raises:
-        FPOError: the folder has other weights, or none.
+        FPOError: the folder has other weights or none, or names some that are not in it.
     """
     folder = existing_folder(source)
+    if (folder / "adapter_config.json").is_file():
+        raise FPOError(
+            f"model {source!r}: adapter_config.json makes it an adapter, whose base model is not "
+            f"in the folder. Merge them with peft's merge_and_unload() and save the result"
+        )
     if not any(folder.glob("*.safetensors")):
         other = sorted(path.name for path in folder.glob("*.bin"))
         has = f"It has {', '.join(other[:3])}, which is not read" if other else "It has no weights"
@@ -116,7 +139,41 @@ def folder_with_weights(source: str) -> Path:
             f"model {source!r}: the folder has no *.safetensors file. {has}. Load the model with "
             f"transformers and save it again with save_pretrained, which writes safetensors"
         )
+    config = read_json_object(folder / "config.json", "model")
+    if config.get("transformers_weights"):
+        raise FPOError(
+            f"model {source!r}: config.json names its weights itself (transformers_weights). "
+            f"Remove the key and call the file model.safetensors"
+        )
+    if config.get("auto_map") and not _transformers_has(config.get("model_type")):
+        raise FPOError(
+            f"model {source!r}: the type {config.get('model_type')!r} is code of its own "
+            f"(auto_map in config.json), and code of a model is never run. Choose a model that "
+            f"transformers itself has"
+        )
+    for index in folder.glob("*.safetensors.index.json"):
+        _check_shards(source, index)
     return folder
+
+
+def _transformers_has(model_type: object) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
+
+
+def _check_shards(source: str, index: Path) -> None:
+    """Raise if a shard that an index names is not a file of the same folder."""
+    shards = read_json_object(index, "model").get("weight_map")
+    names = set(shards.values()) if isinstance(shards, dict) else {None}
+    for name in sorted(names, key=str):
+        if not isinstance(name, str) or Path(name).name != name:
+            raise FPOError(
+                f"model {source!r}: {index.name} has the weights {name!r}, which is not the name "
+                f"of a file of this folder"
+            )
+        if not (index.parent / name).is_file():
+            raise FPOError(f"model {source!r}: {name}, which {index.name} names, is missing")
 
 
 def how_to_make(path: Path) -> str:
@@ -127,19 +184,38 @@ def how_to_make(path: Path) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file, remembered by path, size and time so that big weights are read once."""
-    stat = path.stat()
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    memo = cache_folder() / "digests" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    """Return a file's sha256, remembered so that big weights are read once.
+
+    It is remembered for as long as the file has the same inode, size and times: `cp -p` and
+    `rsync -a` restore the time of the last write, and no program sets the time of the last change.
+    """
+    before = path.stat()
+    memo = _digests() / hashlib.sha256(_state(path, before).encode()).hexdigest()[:32]
     if memo.is_file():
         known = memo.read_text().strip()
         if len(known) == 64:
             return known
-    digest = hashlib.sha256()
+    is_sure = time.time() - before.st_ctime > _SURE_AFTER
     with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    value = digest.hexdigest()
+        value = hashlib.file_digest(stream, "sha256").hexdigest()
+    if is_sure and _state(path, path.stat()) == _state(path, before):
+        _remember(memo, value)
+    return value
+
+
+def _state(path: Path, stat: os.stat_result) -> str:
+    parts = (
+        path.resolve(),
+        stat.st_dev,
+        stat.st_ino,
+        stat.st_size,
+        stat.st_mtime_ns,
+        stat.st_ctime_ns,
+    )
+    return "|".join(map(str, parts))
+
+
+def _remember(memo: Path, value: str) -> None:
     try:
         memo.parent.mkdir(parents=True, exist_ok=True)
         partial = memo.with_name(f".{memo.name}.{os.getpid()}")
@@ -147,13 +223,33 @@ def file_digest(path: Path) -> str:
         partial.replace(memo)
     except OSError:
         pass  # only a memo: an unwritable cache costs time, not correctness
-    return value
+
+
+def forget_digests() -> None:
+    """Forget the digests of all files, so that each is read again when it is next needed.
+
+    Raises:
+        FPOError: the cache folder cannot be written.
+    """
+    try:
+        shutil.rmtree(_digests())
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise FPOError(
+            f"the digests in {_digests()} cannot be removed ({error.strerror}). Set FPO_CACHE to a "
+            f"folder that can be written"
+        ) from error
+
+
+def _digests() -> Path:
+    return cache_folder() / "digests"
 
 
 def folder_digest(folder: Path) -> str:
-    """One sha256 over the names and contents of the files that decide a model's behaviour."""
+    """Return one sha256 over names and contents of the files that decide a model's behaviour."""
     files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
-    parts = {path.name: file_digest(path) for path in files}
+    parts = {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Files follow the umask, whatever wrote them; only what is hashed is loaded; YAML keys once."""
+"""Files follow the umask, whatever wrote them; YAML keys occur once."""
 
 import os
 import stat
@@ -8,13 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fpo_core.errors import FPOError, RecipeError
+from fpo_core.errors import RecipeError
 from fpo_core.files import follow_umask
-from fpo_core.models.load import load_model
-from fpo_core.models.source import identify
 from fpo_core.recipe import load_recipe
 from storage.location import open_store
-from tests.tiny import save_model
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077, 0o002])
@@ -48,28 +45,6 @@ def test_a_private_file_that_is_put_into_a_store_is_as_open_as_the_others(umask,
     store.backend.put_file("artifacts/policy/0123456789abcdef/data/w.safetensors", weights)
     (stored,) = (tmp_path / "store").rglob("w.safetensors")
     assert mode(stored) == 0o666 & ~umask
-
-
-def test_weights_that_are_not_hashed_are_refused_by_name(tmp_path):
-    folder = save_model(tmp_path / "m")
-    model = load_model(folder, dtype="float32", attention="eager")
-    torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    identify(str(folder))  # safetensors beside it: those are loaded
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(FPOError, match=r"no \*\.safetensors file. It has pytorch_model.bin, which"):
-        identify(str(folder))
-    with pytest.raises(FPOError, match="could not be loaded"):
-        load_model(folder, dtype="float32", attention="eager")
-
-
-def test_a_model_with_code_of_its_own_asks_no_question(tmp_path, monkeypatch):
-    folder = save_model(tmp_path / "m")
-    config = (folder / "config.json").read_text()
-    own = config.rstrip().rstrip("}") + ', "auto_map": {"AutoModelForCausalLM": "own.Model"}}'
-    (folder / "config.json").write_text(own)
-    (folder / "own.py").write_text("raise SystemExit('ran')")
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    load_model(folder, dtype="float32", attention="eager")
 
 
 @pytest.mark.parametrize(
