@@ -27,11 +27,16 @@ def setup(
         int | None,
         typer.Option(min=1, metavar="N", help="Most runs at a time on fpo-h100: its GPU hosts."),
     ] = None,
+    wait: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="For a server that is starting."),
+    ] = 60,
     as_json: AsJson = False,
 ) -> None:
-    """Make the work pools fpo-cpu and fpo-h100 and the automation that finds dead runs.
+    """Make the work pools fpo-cpu and fpo-h100 and the automations that find dead runs.
 
-    What is there is left as it is. The server is the one that PREFECT_API_URL names.
+    Those that exist are left as they are. PREFECT_API_URL names the server. Automations of an older
+    version are replaced.
 
     \b
     Example:
@@ -46,7 +51,7 @@ def setup(
     from flows.setup import set_up
 
     done = []
-    for one in set_up(kubernetes=kubernetes, gpu_runs=gpu_runs):
+    for one in set_up(kubernetes=kubernetes, gpu_runs=gpu_runs, wait=wait):
         done.append(one)
         if not as_json:
             print(f"{one.state:<8} {one.what}  ({one.about})")

@@ -21,15 +21,15 @@ from pydantic import Field
 
 from flows.cell import CellJob
 from flows.parameters import Overrides, RecipeName, StoreUrl, run_name
+from flows.pools import end_of_taken_over
 from fpo_core.errors import FPOError
 from fpo_core.processes import end_with_parent
-from fpo_core.recipe.load import override_pattern
 from tasks.compare import compare_runs, write_comparison
 from tasks.sweep import PlannedCell, Sweep, plan_sweep
 
 log = logging.getLogger("fpo.sweep")
 
-Grid = list[Annotated[str, Field(pattern=override_pattern())]]
+Grid = list[Annotated[str, Field(examples=["train.alpha=0.1,0.5"])]]
 SHOWN_LINES = 12  # of a failed cell's last words
 
 
@@ -65,6 +65,8 @@ def fpo_ablation(
         report_folder: where the comparison and the cells' reports go; ``reports/sweep-RECIPE``
             where left out.
     """
+    if (ended := end_of_taken_over()) is not None:
+        return ended
     sweep = plan_sweep(recipe, overrides, grid, preset, store)
     folder = Path(report_folder or f"reports/sweep-{sweep.cells[0].cell.recipe.name}")
     outcomes = run_cells(sweep, recipe, store, parallel, folder)

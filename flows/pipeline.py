@@ -17,7 +17,7 @@ from flows.parameters import (
     StoreUrl,
     run_name,
 )
-from flows.pools import bring_about_on_pools, cancel_children, refuse_endless_takeover
+from flows.pools import bring_about_on_pools, cancel_children, end_of_taken_over
 from tasks.announce import announce_report, announce_run, progress_shown, tag_run
 from tasks.benchmark import benchmark
 from tasks.evaluate import evaluate
@@ -63,7 +63,8 @@ def fpo_pipeline(
         report_folder: where the report goes on the worker; ``reports/RECIPE-METHOD`` where left
             out.
     """
-    refuse_endless_takeover()
+    if (ended := end_of_taken_over()) is not None:
+        return ended
     run, stages = prepare_run(
         recipe, overrides, store, first=from_stage, only=only_stage, force=force
     )

@@ -8,7 +8,7 @@ the store.
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -23,7 +23,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelling
 
 from fpo_core.errors import FPOError
@@ -36,7 +36,9 @@ log = logging.getLogger("fpo.flow")
 CPU_STAGES = ("instructions", "tokenize", "benchmark")
 POLL_SECONDS = 2.0
 UNCLAIMED_SECONDS = 60.0  # until a run that no worker has taken is worth a line
-TAKEOVERS = 3  # of one run after crashes: one that crashes each time would go on for ever
+TAKEOVERS = 3  # of one run whose worker dies: one that kills it each time would go on for ever
+UNHEARD = "Unheard"  # the state of a run whose heartbeats ended (`fpo prefect setup`)
+RESUMING = "Resuming"  # and then, until a worker takes it; by this name it can be cancelled at once
 WAITING = (StateType.SCHEDULED, StateType.PENDING)
 AT_WORK = (*WAITING, StateType.RUNNING, StateType.PAUSED)
 
@@ -159,7 +161,8 @@ def _tell_unclaimed(client: SyncPrefectClient, pool: str) -> None:
 
 
 def _cancel(client: SyncPrefectClient, child: UUID) -> None:
-    client.set_flow_run_state(child, Cancelling(message="its parent run ended"), force=True)
+    # Not forced: a child that has ended stays as it ended, and one that waits ends at once.
+    client.set_flow_run_state(child, Cancelling(message="its parent run ended"))
 
 
 def cancel_children(flow: Any, flow_run: FlowRun, state: State) -> None:  # noqa: ARG001
@@ -179,14 +182,28 @@ def _children_at_work(client: SyncPrefectClient, parent: UUID) -> Iterator[FlowR
     )
 
 
-def refuse_endless_takeover() -> None:
-    """Stop a run that workers have taken over again and again, each time to crash.
+def end_of_taken_over() -> Any:
+    """Return the state that a run ended in before it was scheduled again, None if it had not.
+
+    ``fpo prefect setup`` makes the server schedule silent runs again. It acts on an event, and a
+    run can end before that event arrives. Such a run does no work: its flow returns this state,
+    and Prefect ends the run in it.
 
     Raises:
-        FPOError: it is at work for the fifth time.
+        FPOError: the workers of this run died four times.
     """
-    if flow_run.run_count > 1 + TAKEOVERS:
+    if deployment.id is None:
+        return None
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_run_states(UUID(flow_run.id))
+    history = sorted(found, key=lambda state: state.timestamp)
+    unheard = sum(state.name == UNHEARD for state in history)
+    if unheard > TAKEOVERS:
         raise FPOError(
-            f"this run crashed {TAKEOVERS + 1} times: look at why in its worker's log (a process "
-            f"killed for memory, a host that died); a new run goes on with what is finished"
+            f"the worker of this run died {unheard} times: its log says why (a process killed for "
+            f"memory, a host that died). A new run resumes from the finished stages and shards"
         )
+    before = [was for was, state in pairwise(history) if state.name == RESUMING]
+    if not before or not before[-1].is_final():
+        return None
+    return State(type=before[-1].type, name=before[-1].name, message=before[-1].message)

@@ -19,7 +19,7 @@ from flows.parameters import (
     run_name,
 )
 from flows.pipeline import bring_about
-from flows.pools import refuse_endless_takeover
+from flows.pools import end_of_taken_over
 from tasks.announce import announce_run, tag_run
 from tasks.run import Outcome, prepare_run
 
@@ -82,7 +82,8 @@ def fpo_stages(
 def _run(
     kinds: Sequence[str], recipe: str, overrides: Sequence[str], store: str | None, *, force: bool
 ) -> dict[str, Outcome]:
-    refuse_endless_takeover()
+    if (ended := end_of_taken_over()) is not None:
+        return ended
     run, stages = prepare_run(recipe, overrides, store, kinds=kinds, force=force)
     tag_run(run)
     with run.recorded(stages):
