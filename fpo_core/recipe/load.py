@@ -187,18 +187,6 @@ def _all_keys() -> list[str]:
     return list(walk(Recipe, ""))
 
 
-def override_pattern() -> str:
-    """A regular expression of ``key.path=value`` with a key that there is, for others to check."""
-
-    def keys(model: type[BaseModel]) -> str:
-        return "|".join(
-            f"{name}(\\.({keys(section)}))?" if (section := _section(field.annotation)) else name
-            for name, field in model.model_fields.items()
-        )
-
-    return f"^\\s*({keys(Recipe)})\\s*=(.|\\n)*$"
-
-
 def _nearest(word: str, choices: list[str]) -> str:
     near = difflib.get_close_matches(word, choices, n=1)
     return f"; did you mean {near[0]!r}?" if near else "."

@@ -1,6 +1,7 @@
 """prefect.yaml: every deployment names a flow that is there, with parameters that it takes."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,12 @@ import yaml
 from prefect import Flow
 from prefect.flows import load_flow_from_entrypoint
 
+from flows.ablation import fpo_ablation
 from flows.parameters import run_name
+from flows.pipeline import fpo_pipeline
+from flows.stages import fpo_train
 from fpo_core.checkout import enter
-from fpo_core.errors import FPOError
+from fpo_core.errors import FPOError, RecipeError
 from fpo_core.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +36,32 @@ def test_a_deployment_is_of_a_flow_and_a_recipe(deployment):
         return
     flow.validate_parameters(deployment["parameters"])
     assert load_recipe(deployment["parameters"]["recipe"]).name == deployment["name"]
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.alhpa=1", "unknown key 'train.alhpa'; did you mean 'alpha'?"),
+        ("alpha=1", "did you mean 'train.alpha'?"),
+        ("train.alpha", "write key.path=value, such as train.alpha=1.0"),
+        ("train.alpha=high", "train.alpha: Input should be a valid number"),
+    ],
+)
+def test_a_wrong_override_is_told_as_on_the_command_line(prefect_server, fpo, override, told):
+    line = fpo("plan", "quickstart", "--set", override)
+    assert told in line.err
+    for flow in (fpo_pipeline, fpo_train):
+        with pytest.raises(RecipeError) as refused:
+            flow("quickstart", [override])
+        assert str(refused.value) in line.err
+    with pytest.raises(FPOError, match=re.escape(told)):
+        fpo_ablation("quickstart", grid=["train.beta=0.1,0.2"], overrides=[override])
+
+
+def test_the_try_out_recipe_runs_on_the_cpu_pool_alone():
+    assert load_recipe("gemma2-tiny").resources.pools is None
+    pools = {one["work_pool"]["name"] for one in DEPLOYMENTS if one["name"] == "gemma2-tiny"}
+    assert pools == {"fpo-cpu"}
 
 
 def test_a_stages_flow_for_each_pool_that_a_recipe_names():
