@@ -5,6 +5,7 @@ cache = open_store("fpo-store").features("quickstart")
 cache.stats().sort("difference", descending=True).head().collect()
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tasks.plan import SCHEMA_VERSIONS
 from tasks.run import PipelineRun
 
 FEATURES = "features"
+_RUN = re.compile(r"[\w-]+")  # a run's id
 
 
 def open_store(url: str | Path | None = None) -> "ExploredStore":
@@ -73,6 +75,20 @@ class ExploredStore:
             find_detokenizer(self.store, pairs, settings),
             tuple(sorted(recipes)),
         )  # fmt: skip
+
+    def report(self, run: str) -> bytes:
+        """Return the report of a deployed run, an HTML page.
+
+        Raises:
+            NotThere: the run does not exist, or has no report.
+        """
+        missing = NotThere(f"run {run[:80]!r} has no report in this store")
+        if not _RUN.fullmatch(run):
+            raise missing
+        try:
+            return self.store.read_run_file(run, "report.html")
+        except KeyError:
+            raise missing from None
 
     def _version(self, name: str) -> str:
         for ref in self.store.refs():

@@ -222,6 +222,15 @@ class Store:
         self.backend.put_file(key, path)
         return key
 
+    def read_run_file(self, run_id: str, name: str) -> bytes:
+        """Read a file that is kept with a run's record.
+
+        Raises:
+            KeyError: the run or the file does not exist.
+            StoreError: ``run_id`` or ``name`` cannot be a name in a store.
+        """
+        return self.backend.read(check_key(f"runs/{run_id}/{name}"))
+
     def remove_runs(self, run_ids: Collection[str]) -> None:
         """Remove runs' records, and the files kept with them."""
         files = [e.key for run_id in run_ids for e in self.backend.list(f"runs/{run_id}/")]

@@ -1,6 +1,7 @@
 """Tell Prefect's UI what a run makes: artifacts of stages and runs, progress, the report, tags."""
 
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -67,17 +68,30 @@ def announce_run(outcomes: Mapping[str, Outcome]) -> None:
 
 
 def announce_report(run: PipelineRun, page: Path) -> None:
-    """Keep the report with the run's record, and link it from the current flow run."""
+    """Store the report with the run's record, and link it from the current flow run.
+
+    The link leads to ``fpo browse`` (``FPO_BROWSE_URL``): from a page of Prefect's UI, a browser
+    opens neither a ``file:`` nor an ``s3:`` address.
+    """
     if FlowRunContext.get() is None:
         return
-    with tempfile.TemporaryDirectory() as folder:  # what is kept is moved
-        kept = run.keep_file(Path(shutil.copy(page, folder)))
-    url = f"{run.store.url.rstrip('/')}/{kept}"
+    with tempfile.TemporaryDirectory() as folder:  # the stored file is moved
+        kept = Path(run.keep_file(Path(shutil.copy(page, folder))))
+    url = run.store.url.rstrip("/")
+    store = url if "://" in url else str(Path(url).expanduser().absolute())
     create_link_artifact(
-        url if "://" in url else Path(url).expanduser().absolute().as_uri(),
-        link_text=page.name, key="fpo-report",
-        description=f"the report of {run.recipe.name}, {run.recipe.train.method}",
-    )  # fmt: skip
+        f"{_browse_url()}/report/{kept.parent.name}",
+        link_text=page.name,
+        key="fpo-report",
+        description=f"The report of {run.recipe.name}, {run.recipe.train.method}. "
+        f"`fpo browse {store}` serves this link. The file is `{store}/{kept}`.",
+    )
+
+
+def _browse_url() -> str:
+    """Return where people reach ``fpo browse``, without a slash at the end."""
+    url = os.environ.get("FPO_BROWSE_URL") or "http://127.0.0.1:4242"  # its default port
+    return (url if "://" in url else f"http://{url}").rstrip("/")
 
 
 def tag_run(run: PipelineRun) -> None:

@@ -49,6 +49,9 @@ HEADERS = {
     "Referrer-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
+# A report is one file with its style and pictures in it.
+REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+REPORT_POLICY += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 COOKIE = "fpo-browse"
 ROWS, PAIRS, EXAMPLES = 50, 25, 10
 GLANCE = 0.2  # seconds that a feature's page waits for the index that only its chart needs,
@@ -103,7 +106,8 @@ def make_app(store: ExploredStore, hosts: frozenset[str], token: str | None = No
             return page(request, "error", 403, title="Not allowed", text="Open the address that "
                         "`fpo browse` printed: it has the token.")  # fmt: skip
         response = await call_next(request)
-        response.headers.update(HEADERS)
+        for name, value in HEADERS.items():
+            response.headers.setdefault(name, value)
         if token is not None and COOKIE not in request.cookies:
             response.set_cookie(COOKIE, token, httponly=True, samesite="strict")
         return response
@@ -251,6 +255,11 @@ def make_app(store: ExploredStore, hosts: frozenset[str], token: str | None = No
     def training(request: Request, version: str) -> Response:
         moved = moved_features(store, version)
         return page(request, "training", moved=moved, rows=moved.rows.head(MOVED).to_dicts())
+
+    @app.get("/report/{run}")
+    def report(run: str) -> Response:
+        policy = {"Content-Security-Policy": REPORT_POLICY}
+        return HTMLResponse(store.report(run), headers=policy)
 
     return app
 

@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, sync_playwright
+from prefect.settings import PREFECT_API_URL
 from starlette.testclient import TestClient
 
 from explorer import open_store
@@ -147,6 +148,19 @@ def test_every_page_is_walked_without_an_error_and_is_accessible(page, store, ve
 
 
 @needs_chromium
+def test_the_link_in_prefects_ui_opens_the_report(page, store):
+    of_report = {"artifacts": {"key": {"any_": ["fpo-report"]}}}
+    found = httpx.post(f"{PREFECT_API_URL.value()}/artifacts/filter", json=of_report).json()
+    (link,) = [one["data"] for one in found if str(store) in one["description"]]
+    shown = re.fullmatch(r"\[report\.html\]\(http://127\.0\.0\.1:4242(/report/[\w-]+)\)", link)
+    assert shown, link
+    page.goto(shown[1])
+    assert page.title() == "tiny: FPO"
+    assert page.locator("h1").evaluate("one => getComputedStyle(one).fontFamily") != "serif"
+    accessible(page)
+
+
+@needs_chromium
 def test_hostile_text_is_text(page, version):
     page.goto(f"/cache/{version}/pairs")
     page.locator("tbody a").first.click()
@@ -232,6 +246,9 @@ def test_headers_hosts_and_posts_from_elsewhere(site, version):
         ("/cache/{v}/group?features=a", 400, "no feature&#39;s number"),
         ("/artifact/policy/zzzz", 404, "no artifact"),
         ("/training/zzzz", 404, "no artifact"),
+        ("/report/zzzz", 404, "has no report"),
+        ("/report/%2e%2e", 404, "has no report"),
+        ("/report/a%00b", 404, "has no report"),
     ],
 )
 def test_what_is_not_there_is_said_on_a_page(site, store, version, path, status, says):
