@@ -5,19 +5,14 @@ and the versions of its inputs. Models, SAEs and data enter by content, never by
 is imported here: planning is quick.
 """
 
-import datetime as dt
-import hashlib
-import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fpo_core.data.sources.identity import Resolved, identify_data
+from fpo_core.data.sources.identity import Resolved
 from fpo_core.errors import FPOError, UsageError
-from fpo_core.models.chat_template import chat_template_of, writes_date
 from fpo_core.models.shape import model_shape
 from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe
-from fpo_core.recipe.data import HeldoutShare, SourceSettings, TextSettings
 from fpo_core.recipe.methods import METHODS
 from fpo_core.recipe.options import objective_options
 from fpo_core.recipe.training import OptimizerSettings, TrainSettings
@@ -26,6 +21,14 @@ from storage.lineage import input_artifacts
 from storage.store import Store
 from storage.version import artifact_version
 from tasks.bench_plan import add_benchmarks, evaluation_questions, questions_digest
+from tasks.data_plan import (
+    DataSources,
+    TemplateDate,
+    digest_of,
+    instructions_part,
+    template_date,
+    tokenize_part,
+)
 
 # Stage -> the artifact it makes, in the order of the pipeline.
 ARTIFACTS = {
@@ -89,14 +92,6 @@ class StagePlan(NamedTuple):
         return set(input_artifacts(self.inputs).values())
 
 
-class TemplateDate(NamedTuple):
-    """The date that a chat template writes, where it writes one."""
-
-    date: str
-    data: str  # identity of the data whose first tokenization it is recorded under
-    is_recorded: bool  # in the store, or set in the recipe
-
-
 class Plan(NamedTuple):
     """All stages of a run, by name, and the sources that could not be resolved."""
 
@@ -118,12 +113,12 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
     """
     model = identify(recipe.model.source, recipe.model.revision)
     unresolved = [] if model.resolved else [f"model {recipe.model.source}"]
-    data = _Data(unresolved)
+    data = DataSources(unresolved)
     digests = {
         "train": data.digest(source.path for source in recipe.data.train),
         "heldout": data.digest(source.path for source in recipe.data.heldout_sources),
     }
-    date = _template_date(recipe, store, _digest([model.value, *digests.values()]))
+    date = template_date(recipe, store, digest_of([model.value, *digests.values()]))
     dated = {} if date is None else {"date": date.date}
     planner = _Planner(store)
     reference = _warm_start(recipe, planner, model.value, data, dated)
@@ -131,7 +126,7 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
     saes += [_stored_sae(other.source, unresolved) for other in recipe.sae.also]
     _check_features_fit(recipe)
     _check_saes_fit_the_model(recipe)
-    part = {**_tokenize_part(recipe), **dated}
+    part = {**tokenize_part(recipe), **dated}
     planner.add("tokenize", part, {"model": model.value, **digests})
     inference = recipe.model.model_dump(include={"dtype", "attention"})
     inputs = {"model": reference, "pairs": planner["tokenize"]}
@@ -169,40 +164,6 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
     return Plan(planner.stages, tuple(unresolved), data.resolved, date)
 
 
-def _template_date(recipe: Recipe, store: Store, data: str) -> TemplateDate | None:
-    """The date for a template that writes one: the recipe's, or that of the first tokenization."""
-    if recipe.data.template != "model":
-        return None
-    template = chat_template_of(recipe.model.source, recipe.model.revision)
-    if not writes_date(template):
-        return None
-    if recipe.data.date:
-        return TemplateDate(recipe.data.date, data, is_recorded=True)
-    recorded = store.first_date(data)
-    today = dt.datetime.now(dt.UTC).date().isoformat()
-    return TemplateDate(recorded or today, data, is_recorded=recorded is not None)
-
-
-class _Data:
-    """Identify data sources; gather the files of resolved ones and the names of the others."""
-
-    def __init__(self, unresolved: list[str]) -> None:
-        self.unresolved = unresolved
-        self.resolved: dict[str, Resolved] = {}
-
-    def digest(self, sources: Iterable[str]) -> str:
-        """One digest over the content of sources, in their order."""
-        values = []
-        for source in sources:
-            found = identify_data(source)
-            values.append(found.value)
-            if not found.resolved:
-                self.unresolved.append(f"data {source}")
-            if found.files:
-                self.resolved[source] = found.files
-        return _digest(values)
-
-
 class _Planner:
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -223,16 +184,13 @@ class _Planner:
 
 
 def _warm_start(
-    recipe: Recipe, planner: _Planner, model: str, data: _Data, dated: Mapping[str, str]
+    recipe: Recipe, planner: _Planner, model: str, data: DataSources, dated: Mapping[str, str]
 ) -> str:
     """Identity of the reference model: the recipe's own, or what the ``sft`` stage makes of it."""
     settings = recipe.sft
     if settings is None:
         return model
-    text = settings.model_dump(include={"limit", "turns", "max_length", "max_prompt_length"})
-    text |= recipe.data.model_dump(include={"template", "shard_pairs"})
-    text |= {**_set_apart(settings, _TEXT_KEYS), **_set_apart(recipe.data, {"system"}), **dated}
-    text |= _source_options({"data": settings.data})
+    text = {**instructions_part(recipe, settings), **dated}
     digest = data.digest(source.path for source in settings.data)
     planner.add("instructions", text, {"model": model, "data": digest})
     part = settings.model_dump(include=set(OptimizerSettings.model_fields))
@@ -241,7 +199,7 @@ def _warm_start(
     return f"artifact:sft/{planner['sft']}"
 
 
-def _sae_input(recipe: Recipe, planner: _Planner, model: str, data: _Data) -> str:
+def _sae_input(recipe: Recipe, planner: _Planner, model: str, data: DataSources) -> str:
     """Identity of the SAE: of its files, or the version of the stage that trains it."""
     if recipe.sae.train is None:
         assert recipe.sae.source is not None
@@ -326,42 +284,12 @@ def _features_part(recipe: Recipe, number: int) -> dict[str, Any]:
     return {**recipe.features.model_dump(), "pinned": pinned, **place}
 
 
-def _tokenize_part(recipe: Recipe) -> dict[str, Any]:
-    data = recipe.data
-    keys = {"limit", "template", "max_length", "max_prompt_length", "shard_pairs"}
-    part = data.model_dump(include=keys)
-    part |= _set_apart(data, {*_TEXT_KEYS, "system", "pairs_per_prompt", "metadata"})
-    if isinstance(data.heldout, HeldoutShare):
-        part["heldout_fraction"] = data.heldout.fraction
-        return part | _source_options({"train": data.train})
-    return part | _source_options({"train": data.train, "heldout": data.heldout})
-
-
-# Settings that came later than the first versions: at their default they leave a version alone.
-_TEXT_KEYS = frozenset({"columns", "truncation", "truncate_answers"})
-
-
-def _set_apart(settings: TextSettings, keys: Collection[str]) -> dict[str, Any]:
-    """The settings among some that differ from their default."""
-    return settings.model_dump(mode="json", include=set(keys), exclude_defaults=True)
-
-
-def _source_options(sources: Mapping[str, Sequence[SourceSettings]]) -> dict[str, Any]:
-    """What sources set besides their paths, by the recipe's key; nothing where they set nothing."""
-    options = {name: [source.options for source in given] for name, given in sources.items()}
-    return {f"{name}_options": found for name, found in options.items() if any(found)}
-
-
 def _train_part(settings: TrainSettings) -> dict[str, Any]:
     """The settings with the objective's own filled in: writing a default out changes nothing."""
     options = objective_options(settings)._asdict()
     part = {**settings.model_dump(exclude={*options, "length_norm"}), **options}
     # What a name means enters too: of a redefined objective no old policy is reused.
     return {**part, "parts": METHODS[settings.method].parts}
-
-
-def _digest(values: list[str]) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def selected_stages(
