@@ -88,7 +88,7 @@ FromStage = Annotated[
 OnlyStage = Annotated[str | None, typer.Option("--only", metavar="STAGE", help="This stage alone.")]
 
 
-@app.command(epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.")
+@app.command(epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.")
 def run(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -124,7 +124,7 @@ def run(
     from tasks.run import prepare_run
 
     log = logging.getLogger("fpo")
-    # All mistakes show here, before Prefect is started; the flow prepares itself in the same way.
+    # All mistakes show here, before Prefect starts. A flow prepares itself in the same way.
     prepared, stages = prepare_run(
         recipe, overrides or [], store, first=from_stage, only=only_stage, force=force
     )
@@ -144,14 +144,17 @@ def run(
         if "evaluate" in outcomes:
             bring_report(prepared, report_folder, outcomes)
         return
-    from cli.server import contained_prefect_server
-    from flows.pipeline import fpo_pipeline
+    from flows.local import run_pipeline
 
-    with contained_prefect_server():
-        fpo_pipeline(
-            recipe=recipe, overrides=overrides or [], from_stage=from_stage,
-            only_stage=only_stage, force=force, store=store, report_folder=report_folder,
-        )  # fmt: skip
+    given = {
+        "recipe": recipe,
+        "overrides": overrides or [],
+        "from_stage": from_stage,
+        "only_stage": only_stage,
+        "force": force,
+        "store": store,
+    }
+    run_pipeline(prepared, stages, report_folder, given)
 
 
 @app.command()

@@ -165,14 +165,12 @@ def repair(artifacts: Names = None, store: StoreUrl = None, as_json: AsJson = Fa
     Example:
       fpo store repair features/6c51
     """
-    from cli.server import contained_prefect_server
     from cli.show import print_json, print_repaired
     from flows.repair import repair_artifacts
 
     opened = _open(store)
     _, verdicts = _verified(opened, artifacts)
-    with contained_prefect_server():
-        repaired = repair_artifacts(opened, verdicts)
+    repaired = repair_artifacts(opened, verdicts)
     if as_json:
         print_json([done._asdict() for done in repaired])
     else:

@@ -67,15 +67,24 @@ def sweep(
     if plan:
         _print_plan(planned, as_json=as_json)
         return
-    from cli.server import contained_prefect_server
     from cli.show import print_json
     from flows.ablation import fpo_ablation
+    from flows.local import has_server, terminable
 
-    with contained_prefect_server():
-        outcomes = fpo_ablation(
-            recipe=recipe, grid=grid or [], preset=preset, overrides=overrides or [],
-            parallel=parallel, store=store, report_folder=report_folder,
-        )  # fmt: skip
+    given = {
+        "recipe": recipe,
+        "grid": grid or [],
+        "preset": preset,
+        "overrides": overrides or [],
+        "parallel": parallel,
+        "store": store,
+        "report_folder": report_folder,
+    }
+    if has_server():
+        outcomes = fpo_ablation(**given)
+    else:
+        with terminable():
+            outcomes = fpo_ablation.fn(**given)
     if as_json:
         print_json(outcomes)
 

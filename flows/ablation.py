@@ -17,6 +17,7 @@ from typing import Annotated, NamedTuple
 
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
 from pydantic import Field
 
 from flows.cell import CellJob
@@ -186,7 +187,9 @@ def _processes(parallel: int) -> Iterator[_Processes]:
 
 
 def _same_server() -> dict[str, str]:
-    """Cells report to the server of this run, a temporary one too."""
+    """Return the environment by which cells report to this run's server, if it has one."""
+    if FlowRunContext.get() is None:
+        return {}
     with get_client(sync_client=True) as client:
         return {"PREFECT_API_URL": str(client.api_url)}
 
@@ -197,7 +200,7 @@ def _failure(code: int, last: Sequence[str]) -> str | None:
     said = [line for line in last if line.startswith("error: ")]
     if said:
         return said[-1].removeprefix("error: ")
-    if code in (130, -2):
+    if code in (130, 143, -2):
         return "interrupted"
     if code == -9:
         return "killed (out of memory?)"

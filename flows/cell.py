@@ -52,12 +52,10 @@ def _run(job: CellJob) -> None:
     if outcomes is not None:
         bring_report(run, job.report_folder, outcomes)
         return
-    from flows.pipeline import fpo_pipeline
+    from flows.local import run_pipeline
 
-    fpo_pipeline(
-        recipe=job.recipe, overrides=job.overrides, store=job.store,
-        report_folder=job.report_folder,
-    )  # fmt: skip
+    given = {"recipe": job.recipe, "overrides": job.overrides, "store": job.store}
+    run_pipeline(run, stages, job.report_folder, given)
 
 
 def _as_interrupt(_number: int, _frame: object) -> None:

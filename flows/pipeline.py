@@ -4,9 +4,11 @@ pairs -> reference -> features -> policy -> evaluation
 (+ instructions -> sft, a warm start, and sae, where one is trained; answers -> scores, a benchmark)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from prefect import flow
+from prefect import Task, flow
+from prefect.context import FlowRunContext
 from prefect.runtime import deployment
 
 from flows.parameters import (
@@ -69,12 +71,36 @@ def fpo_pipeline(
         recipe, overrides, store, first=from_stage, only=only_stage, force=force
     )
     tag_run(run)
+    if run.recipe.resources.pools is not None and deployment.id:
+        given = {"recipe": recipe, "overrides": overrides, "force": force, "store": store}
+        return run_prepared(
+            run,
+            stages,
+            report_folder,
+            lambda run, stages: bring_about_on_pools(run, stages, given, bring_about),
+        )
+    return run_prepared(run, stages, report_folder)
+
+
+def run_prepared(
+    run: PipelineRun,
+    stages: Sequence[str],
+    report_folder: str | None,
+    compute: Callable[[PipelineRun, Sequence[str]], dict[str, Outcome]] | None = None,
+) -> dict[str, Outcome]:
+    """Run a recipe's stages, record the run and write its report.
+
+    Inside a flow run the stages are its tasks, and Prefect's UI gets its artifacts. Outside one
+    they are plain calls.
+
+    Args:
+        run: the pipeline run.
+        stages: their names, as planned.
+        report_folder: where the report goes; ``reports/RECIPE-METHOD`` by default.
+        compute: computes the stages; ``bring_about`` by default.
+    """
     with run.recorded(stages):
-        if run.recipe.resources.pools is not None and deployment.id:
-            given = {"recipe": recipe, "overrides": overrides, "force": force, "store": store}
-            outcomes = bring_about_on_pools(run, stages, given, bring_about)
-        else:
-            outcomes = bring_about(run, stages)
+        outcomes = (compute or bring_about)(run, stages)
         announce_run(outcomes)
         if "evaluate" in stages:
             announce_report(run, bring_report(run, report_folder, outcomes))
@@ -92,28 +118,33 @@ def bring_about(run: PipelineRun, stages: Sequence[str]) -> dict[str, Outcome]:
         return _in_order(run, stages)
 
 
+def _called(task: Task[..., Outcome], *arguments: Any) -> Outcome:
+    """Call a stage's task; outside a flow run, its plain function."""
+    return task(*arguments) if FlowRunContext.get() else task.fn(*arguments)
+
+
 def _in_order(run: PipelineRun, stages: Sequence[str]) -> dict[str, Outcome]:
     outcomes: dict[str, Outcome] = {}
     if "instructions" in stages:
-        outcomes["instructions"] = instructions(run)
+        outcomes["instructions"] = _called(instructions, run)
     if "sft" in stages:
-        outcomes["sft"] = sft(run)
+        outcomes["sft"] = _called(sft, run)
     if "sae" in stages:
-        outcomes["sae"] = sae(run)
+        outcomes["sae"] = _called(sae, run)
     if "tokenize" in stages:
-        outcomes["tokenize"] = tokenize(run)
+        outcomes["tokenize"] = _called(tokenize, run)
     caches = [stage for stage in stages if kind_of(stage) == "features"]
     if "reference" in stages:
-        outcomes["reference"] = reference(run, caches)
+        outcomes["reference"] = _called(reference, run, caches)
     for number, stage in enumerate(caches, 1):
-        outcomes[stage] = features(run, stage, caches[number:])
+        outcomes[stage] = _called(features, run, stage, caches[number:])
     if "train" in stages:
-        outcomes["train"] = train(run)
+        outcomes["train"] = _called(train, run)
     for stage in stages:
         if kind_of(stage) == "generate":
-            outcomes[stage] = generate(run, stage)
+            outcomes[stage] = _called(generate, run, stage)
         elif kind_of(stage) == "benchmark":
-            outcomes[stage] = benchmark(run, stage)
+            outcomes[stage] = _called(benchmark, run, stage)
     if "evaluate" in stages:
-        outcomes["evaluate"] = evaluate(run)
+        outcomes["evaluate"] = _called(evaluate, run)
     return outcomes

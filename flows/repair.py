@@ -14,6 +14,7 @@ from storage.errors import ArtifactCorrupt
 from storage.store import Store
 from storage.verify import Verdict
 from tasks.plan import STAGES, Plan, StagePlan, kind_of, make_plan
+from tasks.run import prepare_run
 
 log = logging.getLogger("fpo.stage")
 
@@ -81,7 +82,7 @@ def _repair(store: Store, verdict: Verdict, origins: Sequence[_Origin]) -> Repai
 def _compute_again(
     store: Store, verdict: Verdict, planned: StagePlan, recipe: Path, recipe_name: str
 ) -> Repaired:
-    from flows.pipeline import fpo_pipeline
+    from flows.local import run_pipeline
 
     before = _former_files(store, planned)
     with store.hold(planned.artifact, planned.version, None) as hold:
@@ -91,7 +92,9 @@ def _compute_again(
     log.info("%s: computing again %s", verdict.name, ", ".join(verdict.bad_files) or "nothing")
     pointed_at = store.ref(recipe_name, planned.artifact)
     try:
-        fpo_pipeline(recipe=str(recipe), only_stage=planned.stage, store=store.url)
+        given = {"recipe": str(recipe), "only_stage": planned.stage, "store": store.url}
+        run, stages = prepare_run(str(recipe), (), store.url, only=planned.stage)
+        run_pipeline(run, stages, None, given)
     finally:
         # Repairing an older artifact does not make it the recipe's latest.
         if pointed_at and store.ref(recipe_name, planned.artifact) == planned.version:

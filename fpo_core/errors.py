@@ -19,3 +19,7 @@ class RecipeError(UsageError):
 
 class Preempted(FPOError):
     """Training was told to stop, saved itself and left; the same command goes on."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised in the main thread: what runs saves itself, as after Ctrl-C."""

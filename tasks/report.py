@@ -20,7 +20,6 @@ from fpo_core.report.model import (
     Sample,
     StageRow,
 )
-from fpo_core.report.page import render
 from tasks.benchmark import SCORES
 from tasks.breakdown import BREAKDOWN
 from tasks.plan import kind_of
@@ -45,6 +44,8 @@ def write_report(
     Returns:
         The HTML file.
     """
+    from fpo_core.report.page import render  # its charts take a second to import
+
     return render(gather(run, outcomes or {}), folder)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from fpo_core.data.render import ChatFormat
 from fpo_core.data.sources.addresses import shown_deep
-from fpo_core.errors import FPOError, Preempted
+from fpo_core.errors import FPOError, Preempted, Terminated
 from fpo_core.judge import check_judge
 from fpo_core.memory import release_gpu_memory
 from fpo_core.models.load import model_folder
@@ -325,11 +325,11 @@ def recipe_store(recipe: Recipe, given: str | None) -> Store:
 
 def _state_after(error: BaseException) -> str:
     """What became of a run that an exception ended."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    from prefect.exceptions import TerminationSignal  # what Prefect makes of SIGTERM
+    from prefect.exceptions import TerminationSignal  # Prefect's exception for SIGTERM
 
-    return "preempted" if isinstance(error, (Preempted, TerminationSignal)) else "failed"
+    if isinstance(error, (Preempted, Terminated, TerminationSignal)):
+        return "preempted"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
 
 
 def _never(_writer: ArtifactWriter) -> Work:

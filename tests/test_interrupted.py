@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from prefect.settings import PREFECT_API_URL
 
 from storage.catalog import list_artifacts
 from storage.location import open_store
@@ -46,7 +47,7 @@ def finish(process: subprocess.Popen[bytes]) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(served, tmp_path_factory) -> Whole:
+def whole(tmp_path_factory) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
     recipe = save_recipe(
         folder, data={"shard_pairs": 2}, train={"epochs": 4, "batch_size": 16},
@@ -109,7 +110,7 @@ def wait_until(check: Callable[[], bool], process: subprocess.Popen[bytes]) -> N
 
 
 def children_of(run_mark: str) -> list[str]:
-    """Processes that a run started, training workers and Prefect's server: all carry its mark."""
+    """Processes that a run started, training workers too: all carry its mark."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -131,12 +132,8 @@ def wait_for_the_end_of(run_mark: str) -> None:
 
 # Not in features alone: where reference is missing too, one pass computes both.
 @pytest.mark.parametrize("artifact", [name for name in STAGE_ORDER if name != "features"])
-def test_a_killed_run_finishes_with_the_artifacts_it_would_have_had(
-    whole, tmp_path, monkeypatch, artifact
-):
+def test_a_killed_run_finishes_with_the_artifacts_it_would_have_had(whole, tmp_path, artifact):
     store = store_up_to(whole, artifact, tmp_path / "store")
-    if artifact == "pairs":
-        monkeypatch.delenv("PREFECT_API_URL")  # it has a server of its own, which ends with it
     if artifact == "evaluation":
         # The stage before it writes the ref when it is reused, which tells us that its turn came.
         (store / "refs" / "tiny" / "policy.json").unlink()
@@ -157,8 +154,7 @@ def version_of(whole: Whole, artifact: str) -> str:
     return json.loads((whole.store / "refs" / "tiny" / f"{artifact}.json").read_text())["version"]
 
 
-def test_ctrl_c_ends_the_children_keeps_the_work_and_exits_with_130(whole, tmp_path, monkeypatch):
-    monkeypatch.delenv("PREFECT_API_URL")  # its server is one of the children
+def test_ctrl_c_ends_the_children_keeps_the_work_and_exits_with_130(whole, tmp_path):
     store = store_up_to(whole, "policy", tmp_path / "store")
     process = start(whole.recipe, store)
     wait_until(begun(store, "policy"), process)
@@ -175,14 +171,20 @@ def test_ctrl_c_ends_the_children_keeps_the_work_and_exits_with_130(whole, tmp_p
     assert contents(store) == contents(whole.store)
 
 
-def test_sigterm_saves_at_the_end_of_the_step_and_the_next_run_goes_on(whole, tmp_path):
+@pytest.mark.parametrize("code", [143, -15], ids=["here", "on a server"])
+def test_sigterm_saves_at_the_end_of_the_step_and_the_next_run_goes_on(
+    whole, tmp_path, request, monkeypatch, code
+):
     """What a preempted machine or a cancelled deployment sends, to the run's process alone."""
+    if code == -15:  # Prefect hands the signal on, after its own work
+        request.getfixturevalue("prefect_server")
+        monkeypatch.setenv("PREFECT_API_URL", str(PREFECT_API_URL.value()))
     store = store_up_to(whole, "policy", tmp_path / "store")
     process = start(whole.recipe, store, "--set", "resources.checkpoint_minutes=100")
     wait_until(begun_training(store), process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode not in (0, None)
+    assert process.returncode == code
     assert "Traceback" not in err.decode(), err.decode()
     wait_for_the_end_of(str(store))
     assert len(list(store.glob("artifacts/policy/*/checkpoints/step-*/saved.json"))) == 1

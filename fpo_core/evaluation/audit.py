@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 import torch
-from scipy import stats
 
 from fpo_core.data.batches import PairIds, batches_by_length, collate
 from fpo_core.errors import FPOError
@@ -207,6 +206,8 @@ def changes(moments: Moments, side: int) -> Changes:
         moments: of one response a side at least; of one alone, intervals are NaN and p is 1.
         side: 0 chosen, 1 rejected.
     """
+    from scipy import stats  # takes over a second
+
     n = moments.responses
     mean = moments.change[side] / n
     if n < 2:  # of one response there is a change and no more
@@ -239,6 +240,8 @@ def discovery_rates(p: np.ndarray, tested: np.ndarray) -> np.ndarray:
         p: p-values.
         tested: which of them are of tests: a feature that never fires is none.
     """
+    from scipy import stats  # takes over a second
+
     q = np.where(tested & ~np.isfinite(p), np.nan, 1.0)
     tested = tested & np.isfinite(p)
     if tested.any():

@@ -8,6 +8,7 @@ import sys
 import uuid
 from pathlib import Path
 
+import httpx
 import pytest
 
 from storage.location import open_store
@@ -223,14 +224,31 @@ def test_an_s3_store_that_cannot_be_used_is_one_sentence(fpo, finished_run, on_s
         assert "Traceback" not in result.err
 
 
+def recorded_by_prefect() -> bytes:
+    """Return all that Prefect's server has on runs, tasks, their artifacts and log lines."""
+    found = b""
+    for kind in ("flow_runs", "task_runs", "artifacts", "logs"):
+        url = f"{os.environ['PREFECT_API_URL']}/{kind}/filter"
+        offset, rows = 0, [None]
+        while rows:
+            answer = httpx.post(url, json={"limit": 200, "offset": offset}).raise_for_status()
+            rows = answer.json()
+            found, offset = found + answer.content, offset + len(rows)
+        assert offset, kind
+    return found
+
+
 @pytest.mark.slow
-def test_no_credential_is_ever_written_or_shown(finished_run, on_s3, seaweed, tmp_path):
+def test_no_credential_is_ever_written_or_shown(served, finished_run, on_s3, seaweed, tmp_path):
     """Runs that end well, that fail in a stage, that are refused; then all is searched."""
     wrong = "a-secret-that-is-not-right"
     environment = {
-        **os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "FPO_STORE": on_s3,
-        "PREFECT_LOGGING_LEVEL": "DEBUG", "PREFECT_LOGGING_TO_API_ENABLED": "true",
-    }  # fmt: skip
+        **os.environ,
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "FPO_STORE": on_s3,
+        "PREFECT_LOGGING_LEVEL": "DEBUG",
+        "PREFECT_LOGGING_TO_API_ENABLED": "true",
+    }
     del environment["AWS_ENDPOINT_URL"]
     settings = json.loads(finished_run.recipe.read_text())
     settings["store"] = {"endpoint": seaweed.endpoint}
@@ -251,6 +269,7 @@ def test_no_credential_is_ever_written_or_shown(finished_run, on_s3, seaweed, tm
         )  # fmt: skip
         assert done.returncode == code, done.stderr.decode()
         said += done.stdout + done.stderr
+    said += recorded_by_prefect()
     for secret in (seaweed.secret_key, seaweed.access_key, wrong):
         needle = secret.encode()
         assert needle not in said

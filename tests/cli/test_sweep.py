@@ -26,7 +26,7 @@ def policies(store: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def two_sweeps(served, finished_run, tmp_path_factory):
+def two_sweeps(finished_run, tmp_path_factory):
     """One sweep started twice at the same time, on a store that has the caches and one cell."""
     folder = tmp_path_factory.mktemp("sweeps")
     shutil.copytree(finished_run.store, folder / "store")
@@ -95,7 +95,7 @@ def test_a_cell_that_fails_leaves_the_others_and_is_told(fpo, finished_run, two_
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_with_what_its_cells_had(served, finished_run, tmp_path):
+def test_a_killed_sweep_goes_on_with_what_its_cells_had(finished_run, tmp_path):
     """By SIGKILL, when one cell is done and the other in mid-training; both end with it."""
     store = tmp_path / "store"
     shutil.copytree(finished_run.store, store)
