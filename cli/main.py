@@ -144,9 +144,9 @@ def run(
         if "evaluate" in outcomes:
             bring_report(prepared, report_folder, outcomes)
         return
-    from flows.local import run_pipeline
+    from flows.local import Given, run_pipeline
 
-    given = {
+    given: Given = {
         "recipe": recipe,
         "overrides": overrides or [],
         "from_stage": from_stage,

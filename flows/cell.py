@@ -52,9 +52,9 @@ def _run(job: CellJob) -> None:
     if outcomes is not None:
         bring_report(run, job.report_folder, outcomes)
         return
-    from flows.local import run_pipeline
+    from flows.local import Given, run_pipeline
 
-    given = {"recipe": job.recipe, "overrides": job.overrides, "store": job.store}
+    given: Given = {"recipe": job.recipe, "overrides": job.overrides, "store": job.store}
     run_pipeline(run, stages, job.report_folder, given)
 
 

@@ -12,7 +12,7 @@ import subprocess
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Required, TypedDict
 
 from prefect.settings import PREFECT_API_URL
 
@@ -26,8 +26,19 @@ log = logging.getLogger("fpo.stage")
 TERMINATED = 128 + signal.SIGTERM  # exit code, as of a shell
 
 
+class Given(TypedDict, total=False):
+    """Parameters of ``fpo_pipeline`` that a run was prepared from."""
+
+    recipe: Required[str]
+    overrides: list[str]
+    from_stage: str | None
+    only_stage: str | None
+    force: bool
+    store: str | None
+
+
 def run_pipeline(
-    run: PipelineRun, stages: Sequence[str], report_folder: str | None, given: dict[str, Any]
+    run: PipelineRun, stages: Sequence[str], report_folder: str | None, given: Given
 ) -> dict[str, Outcome]:
     """Run a prepared pipeline, as a flow run where a server is configured or Ray needs one.
 
@@ -35,11 +46,11 @@ def run_pipeline(
         run: the pipeline run.
         stages: their names, as planned.
         report_folder: where the report goes; ``reports/RECIPE-METHOD`` by default.
-        given: parameters of ``fpo_pipeline`` that the run was prepared from.
+        given: the flow's parameters that the run was prepared from.
     """
     if has_server() or run.recipe.resources.inference.runner == "ray":
         with contained_prefect_server():
-            return fpo_pipeline(**given, report_folder=report_folder, return_state=False)
+            return fpo_pipeline(**given, report_folder=report_folder)
     with terminable():
         return run_prepared(run, stages, report_folder)
 

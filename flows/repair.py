@@ -82,7 +82,7 @@ def _repair(store: Store, verdict: Verdict, origins: Sequence[_Origin]) -> Repai
 def _compute_again(
     store: Store, verdict: Verdict, planned: StagePlan, recipe: Path, recipe_name: str
 ) -> Repaired:
-    from flows.local import run_pipeline
+    from flows.local import Given, run_pipeline
 
     before = _former_files(store, planned)
     with store.hold(planned.artifact, planned.version, None) as hold:
@@ -92,7 +92,7 @@ def _compute_again(
     log.info("%s: computing again %s", verdict.name, ", ".join(verdict.bad_files) or "nothing")
     pointed_at = store.ref(recipe_name, planned.artifact)
     try:
-        given = {"recipe": str(recipe), "only_stage": planned.stage, "store": store.url}
+        given: Given = {"recipe": str(recipe), "only_stage": planned.stage, "store": store.url}
         run, stages = prepare_run(str(recipe), (), store.url, only=planned.stage)
         run_pipeline(run, stages, None, given)
     finally:
