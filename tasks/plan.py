@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from fpo_core.data.sources.identity import Resolved
 from fpo_core.errors import FPOError, UsageError
-from fpo_core.models.shape import model_shape
+from fpo_core.models.architectures import architecture_named, check_attention
+from fpo_core.models.shape import model_frame
 from fpo_core.models.source import identify
 from fpo_core.recipe import Recipe
 from fpo_core.recipe.methods import METHODS
@@ -223,29 +224,31 @@ def _stored_sae(source: str, unresolved: list[str]) -> str:
 
 
 def _check_saes_fit_the_model(recipe: Recipe) -> None:
-    """Refuse an SAE that no layer of the model fits, before a warm start takes its hours.
+    """Refuse a model or an SAE that cannot be used, before a warm start takes its hours.
 
     Goes by the files' declarations, where the model's configuration is on this machine.
 
     Raises:
-        FPOError: a layer that the model does not have, or activations of another width.
+        FPOError: an unknown architecture, an attention that is not the model's, a layer that the
+            model does not have, or activations of another width.
     """
-    known = model_shape(recipe.model.source, recipe.model.revision)
-    if known is None:
+    frame = model_frame(recipe.model.source, recipe.model.revision)
+    if frame is None:
         return
-    shape = known[0]
+    architecture_named(frame.kind)
+    check_attention(frame.kind, recipe.model.attention)
     sources = (recipe.sae.source, *(other.source for other in recipe.sae.also))
     for source, (layer, site) in zip(sources, recipe.hookpoints, strict=True):
-        if layer >= shape.layers and site != "final_norm":
+        if frame.layers is not None and layer >= frame.layers and site != "final_norm":
             raise FPOError(
                 f"sae.layer={layer}: there is no layer {layer}, the model has layers 0 to "
-                f"{shape.layers - 1}"
+                f"{frame.layers - 1}"
             )
         width = None if source is None else declared_input_width(source)
-        if width is not None and width != shape.hidden:
+        if None not in (width, frame.hidden) and width != frame.hidden:
             raise FPOError(
                 f"SAE {source}: it reads activations of width {width} (d_in), the model's hidden "
-                f"size is {shape.hidden}; choose an SAE trained on this model"
+                f"size is {frame.hidden}; choose an SAE trained on this model"
             )
 
 

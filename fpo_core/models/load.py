@@ -51,14 +51,21 @@ def load_model(folder: Path, *, dtype: str, attention: str, device: str = "cpu")
         dtype: torch dtype by name, such as ``float32``.
         attention: transformers' attention implementation, such as ``sdpa``.
         device: torch device.
+
+    Raises:
+        FPOError: weights that cannot be read, an unknown architecture, or an attention that is
+            not the model's.
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    from fpo_core.models.architectures import check_attention
     from fpo_core.models.attention import attention_by_parts
 
     try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        check_attention(config.get_text_config(decoder=True).model_type, attention)
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),

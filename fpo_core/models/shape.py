@@ -42,6 +42,14 @@ class ModelShape(NamedTuple):
         return self.layers * self.block_params + self.head_params * (1 if self.tied else 2)
 
 
+class ModelFrame(NamedTuple):
+    """The facts of a model that an SAE has to fit, of any architecture."""
+
+    kind: str  # model_type of the text decoder
+    hidden: int | None
+    layers: int | None
+
+
 # As their config.json on the hub says, for planning without the hub.
 PUBLISHED = {
     "google/gemma-2-2b": ModelShape(2304, 26, 8, 4, 256, 9216, 256_000),
@@ -62,6 +70,29 @@ def model_shape(source: str, revision: str | None = None) -> tuple[ModelShape, s
         return shape, "config.json"
     published = PUBLISHED.get(source)
     return (published, "its published config.json") if published else None
+
+
+def model_frame(source: str, revision: str | None = None) -> ModelFrame | None:
+    """Return a model's frame, or None when its configuration is not on this machine.
+
+    Args:
+        source: as a recipe names the model.
+        revision: of a model on the hub.
+    """
+    file = _config_file(source, revision)
+    if file is None:
+        published = PUBLISHED.get(source)
+        return ModelFrame("gemma2", published.hidden, published.layers) if published else None
+    config = read_json_object(file, "model")
+    kind = str(config.get("model_type"))
+    if "text_config" in config:  # a multimodal model; its text decoder is read
+        config = config["text_config"]
+        kind = config.get("model_type", f"{kind}_text")
+    return ModelFrame(
+        kind,
+        config.get("hidden_size", config.get("n_embd")),
+        config.get("num_hidden_layers", config.get("n_layer")),
+    )
 
 
 def _config_file(source: str, revision: str | None) -> Path | None:

@@ -9,9 +9,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fpo_core.data.batches import PairIds, collate
 from fpo_core.errors import FPOError
 from fpo_core.hookpoint import Hookpoint
-from fpo_core.models.architectures import ARCHITECTURES
+from fpo_core.models.architectures import ARCHITECTURES, architecture_of
+from fpo_core.models.attention import attention_by_parts
 from fpo_core.models.forward import forward_pairs, scored_activations
 from fpo_core.models.hooks import activations_at
+from fpo_core.models.load import load_model
+from fpo_core.models.shape import model_frame
+from tests.tiny import make_tokenizer
 
 VOCABULARY, HIDDEN, LAYERS, WINDOW = 100, 32, 3, 6
 SHAPE = {
@@ -26,6 +30,7 @@ VISION = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "i
 
 # By name: model type and settings. Windows are shorter than the pairs.
 MODELS = {
+    "gemma": ("gemma", SHAPE),
     "gemma2": ("gemma2", {**SHAPE, **GEMMA, "attn_logit_softcapping": 5.0}),
     "gemma3": ("gemma3_text", {**SHAPE, **GEMMA, "sliding_window_pattern": 2}),
     "gemma3-multimodal": (
@@ -36,15 +41,31 @@ MODELS = {
     ),
     "gpt2": ("gpt2", {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4,
                       "n_positions": 64, "initializer_range": 0.3}),
+    "gpt-neox": ("gpt_neox", SHAPE),
+    "gpt-neox-sequential": ("gpt_neox", {**SHAPE, "use_parallel_residual": False}),
+    "gpt-oss": (
+        "gpt_oss",
+        {**SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
     "llama": ("llama", SHAPE),
     "mistral": ("mistral", {**SHAPE, "sliding_window": WINDOW}),
     "mistral-no-window": ("mistral", {**SHAPE, "sliding_window": None}),
+    "mixtral": ("mixtral", {**SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmo2": ("olmo2", SHAPE),
+    "olmo3": ("olmo3", {**SHAPE, "sliding_window": WINDOW}),
+    "phi3": ("phi3", {**SHAPE, "sliding_window": WINDOW}),
     "qwen2": ("qwen2", SHAPE),
     "qwen2-window": ("qwen2", {**SHAPE, "use_sliding_window": True, "sliding_window": WINDOW,
                                "max_window_layers": 1}),
     "qwen3": ("qwen3", SHAPE),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {**SHAPE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "smollm3": ("smollm3", {**SHAPE, "no_rope_layers": [1, 0, 1]}),
 }  # fmt: skip
-NO_SDPA = ("gemma2", "sdpa")
+NO_SDPA = ("gemma2", "gpt-oss")
 
 PAIRS = [
     PairIds("a", [2, 5, 9, 13, 40, 41, 42], [7, 8, 21, 30, 31, 1], [30, 1]),
@@ -60,25 +81,40 @@ def make(name: str, attention: str = "eager"):
     config = AutoConfig.for_model(kind, **settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     for key, weight in model.named_parameters():
-        if "norm" in key or ".ln_" in key:
+        if ("norm" in key or ".ln_" in key) and key.endswith("weight"):
             torch.nn.init.normal_(weight, mean=1.0, std=0.3)
     return model
 
 
-def mlp_inputs_and_outputs(model, run):
-    """Each block's residual stream before its MLP, which the norm before the MLP reads."""
+def streams_before_the_mlp(model, run):
+    """Return each block's residual stream without what its MLP adds, from other modules' inputs."""
+    decoder = model.get_decoder()
+    blocks = decoder.h if hasattr(decoder, "h") else decoder.layers
+    parallel = getattr(decoder.config, "use_parallel_residual", decoder.config.model_type == "phi")
     seen: dict[int, torch.Tensor] = {}
     with ExitStack() as hooks:
-        decoder = model.get_decoder()
-        blocks = decoder.h if hasattr(decoder, "h") else decoder.layers
-        for layer, block in enumerate(blocks):
-            names = ("pre_feedforward_layernorm", "ln_2", "post_attention_layernorm")
-            norm = next(getattr(block, name) for name in names if hasattr(block, name))
 
-            def keep(_module, inputs, layer=layer):
+        def on_input(module, layer):
+            def keep(_module, inputs):
                 seen[layer] = inputs[0]
 
-            hooks.callback(norm.register_forward_pre_hook(keep).remove)
+            hooks.callback(module.register_forward_pre_hook(keep).remove)
+
+        def add_output(module, layer):
+            def add(_module, _inputs, output):
+                seen[layer] = seen[layer] + output[0]
+
+            hooks.callback(module.register_forward_hook(add).remove)
+
+        for layer, block in enumerate(blocks):
+            if parallel:  # attention and MLP both read the block's input
+                on_input(block, layer)
+                add_output(getattr(block, "attention", None) or block.self_attn, layer)
+            elif decoder.config.model_type.startswith("olmo"):  # the MLP reads the stream itself
+                on_input(block.mlp, layer)
+            else:
+                names = ("pre_feedforward_layernorm", "ln_2", "post_attention_layernorm")
+                on_input(next(getattr(block, n) for n in names if hasattr(block, n)), layer)
         run()
     return seen
 
@@ -97,7 +133,7 @@ def test_places_are_the_tensors_that_transformers_adds_up(name):
     def run():
         states.extend(model(input_ids=IDS, output_hidden_states=True).hidden_states)
 
-    before_mlp = mlp_inputs_and_outputs(model, run)
+    before_mlp = streams_before_the_mlp(model, run)
     for layer in range(LAYERS):
         resid_post = activations_at(model, Hookpoint(layer), IDS)
         mlp_out = activations_at(model, Hookpoint(layer, "mlp_out"), IDS)
@@ -110,13 +146,13 @@ def test_places_are_the_tensors_that_transformers_adds_up(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("name", "attention"),
-    # Gemma-2 soft-caps its attention logits, which transformers has no SDPA for.
-    [(name, kind) for name in MODELS for kind in ("eager", "sdpa") if (name, kind) != NO_SDPA],
-)
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "sdpa by parts"])
+@pytest.mark.parametrize("name", MODELS)
 def test_the_pass_over_pairs_is_the_plain_forward_of_each_response(name, attention):
-    model = make(name, attention)
+    if name in NO_SDPA and attention != "eager":
+        pytest.skip("transformers has no SDPA for soft-capped logits and attention sinks")
+    by_parts = attention == "sdpa by parts"
+    model = make(name, attention_by_parts("sdpa", "cpu") if by_parts else attention)
     places = [Hookpoint(1, "mlp_out"), Hookpoint(LAYERS - 1)]
     batch = collate(PAIRS, pad_id=0)
     found = forward_pairs(model, batch, places)
@@ -153,10 +189,27 @@ def test_mlp_out_of_a_checkpointed_block_keeps_values_and_gradients():
 
 
 def test_an_unknown_architecture_is_named_with_those_that_are_known():
-    config = AutoConfig.for_model("olmo2", **SHAPE)
+    config = AutoConfig.for_model("cohere", **SHAPE)
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(FPOError, match=r"'olmo2' is not known; supported: gemma2, .*, qwen3\. Cho"):
+    with pytest.raises(
+        FPOError, match=r"'cohere' is not supported.* Supported: gemma, .*, smollm3\. Cho"
+    ):
         activations_at(model, Hookpoint(0), IDS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sdpa_is_refused_where_transformers_has_none(name, tmp_path):
+    model = make(name)
+    assert architecture_of(model).sdpa == type(model)._supports_sdpa
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    frame = model_frame(str(tmp_path))
+    assert frame == (model.get_decoder().config.model_type, HIDDEN, LAYERS)
+    if name in NO_SDPA:
+        with pytest.raises(FPOError, match=r"Set model\.attention to eager"):
+            load_model(tmp_path, dtype="float32", attention="sdpa")
+    else:
+        load_model(tmp_path, dtype="float32", attention="sdpa")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma3-multimodal"])

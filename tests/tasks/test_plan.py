@@ -150,6 +150,32 @@ def test_an_sae_that_does_not_fit_the_model_is_refused_by_the_plan(
         make_plan(load_recipe(str(recipe), [change.format(wide=wide)]), store)
 
 
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"model_type": "cohere"}, "architecture 'cohere' is not supported.* Supported: gemma, "),
+        (
+            {"model_type": "gemma2"},
+            "gemma2 soft-caps .* Set model.attention to eager",
+        ),
+        ({"model_type": "mixtral", "num_local_experts": 4, "hidden_size": 64}, "hidden size is 64"),
+        (
+            {
+                "model_type": "gemma3",
+                "text_config": {"model_type": "gemma3_text", "hidden_size": 9},
+            },
+            "hidden size is 9",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_refused_by_the_plan(recipe, store, tmp_path, config, told):
+    model = shutil.copytree(recipe.parent / "model", tmp_path / "model")
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    with pytest.raises(FPOError, match=told):
+        make_plan(load_recipe(str(recipe), [f"model.source={model}"]), store)
+
+
 def test_selection(recipe, store):
     plan = make_plan(load_recipe(str(recipe)), store)
     assert selected_stages(plan, None, None) == [
