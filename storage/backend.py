@@ -89,6 +89,10 @@ class Backend(Protocol):
         """Write if the object still has the tag (None: is not there); False otherwise."""
         ...
 
+    def check_writable(self, key: str) -> None:
+        """Write and remove a new object; StoreError when conditional writes do not work."""
+        ...
+
     def put(self, key: str, data: bytes) -> None:
         """Write an object at once, over an older one."""
         ...

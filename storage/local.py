@@ -78,6 +78,11 @@ class LocalBackend:
             _sync_folder(path.parent)
         return True
 
+    def check_writable(self, key: str) -> None:
+        """See Backend."""
+        self.create(key, b"1")
+        self.delete([key])
+
     def replace(self, key: str, data: bytes, expected_etag: str | None) -> bool:
         """See Backend. Compare and swap happen under a lock file that a crash releases.
 

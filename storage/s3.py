@@ -2,7 +2,6 @@
 
 import datetime as dt
 import hashlib
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,20 +22,17 @@ from storage.backend import (
     not_shown,
 )
 from storage.cache import ReadCache
-from storage.errors import StoreError
 from storage.lease import lease
 from storage.s3_bucket import ATTEMPTS, Bucket, again, blocks
 from storage.s3_client import S3Options
+from storage.s3_conditions import ConditionalWrites
 from storage.s3_errors import (
     BrokenAnswerError,
     code_of,
     is_missing,
-    is_refused_precondition,
 )
 from storage.s3_files import S3Files
 from storage.s3_object import ObjectReader
-
-_MARK = "fpo-write"  # metadata of conditional writes, by which the writer knows its own
 
 
 class S3Backend:
@@ -61,6 +57,7 @@ class S3Backend:
         place = f"{self._bucket.endpoint} {bucket} {prefix}"
         self.scratch = scratch / hashlib.sha256(place.encode()).hexdigest()[:12]
         self._files = S3Files(self._bucket)
+        self._conditions = ConditionalWrites(self._bucket)
         self._cache = cache
 
     def _key(self, key: str) -> str:
@@ -100,47 +97,17 @@ class S3Backend:
 
     def create(self, key: str, data: bytes) -> bool:
         """See Backend."""
-        return self._conditional_put(key, data, IfNoneMatch="*")
+        return self._conditions.create(self._key(key), data)
 
     def replace(self, key: str, data: bytes, expected_etag: str | None) -> bool:
         """See Backend."""
         if expected_etag is None:
             return self.create(key, data)
-        return self._conditional_put(key, data, IfMatch=expected_etag)
+        return self._conditions.replace(self._key(key), data, expected_etag)
 
-    def _conditional_put(self, key: str, data: bytes, **condition: str) -> bool:
-        name, mark = self._key(key), uuid.uuid4().hex
-        with self._bucket.in_words():
-            try:
-                self._bucket.client.put_object(
-                    Bucket=self._bucket.name,
-                    Key=name,
-                    Body=data,
-                    Metadata={_MARK: mark},
-                    **condition,
-                )
-            except ClientError as error:
-                if is_refused_precondition(error) or is_missing(error):
-                    # When the answer to a first try was lost, what stands there now is ours.
-                    return self._mark(name) == mark
-                if code_of(error) in ("NotImplemented", "501"):
-                    raise StoreError(
-                        f"the service at {self._bucket.endpoint} has no conditional writes "
-                        f"(If-Match, If-None-Match), without which two runs can damage each "
-                        f"other's work; use one that has them, such as AWS S3, MinIO or SeaweedFS"
-                    ) from None
-                raise
-        return True
-
-    def _mark(self, name: str) -> str | None:
-        """Which conditional write an object is of."""
-        try:
-            head = self._bucket.client.head_object(Bucket=self._bucket.name, Key=name)
-        except ClientError as error:
-            if is_missing(error):
-                return None
-            raise
-        return head["Metadata"].get(_MARK)
+    def check_writable(self, key: str) -> None:
+        """See Backend. Both conditions are tried, as a run relies on them."""
+        self._conditions.check(self._key(key))
 
     def put(self, key: str, data: bytes) -> None:
         """See Backend."""

@@ -13,7 +13,7 @@ from botocore.exceptions import (
 )
 
 from storage.s3_client import S3Options, backoff, make_client
-from storage.s3_errors import BrokenAnswerError, is_broken, told_in_words
+from storage.s3_errors import BrokenAnswerError, is_broken, printable, told_in_words
 
 T = TypeVar("T")
 ATTEMPTS, FIRST_ATTEMPTS = 8, 3
@@ -41,8 +41,10 @@ class Bucket:
         self.endpoint: str = self._patient.meta.endpoint_url
         self.region: str = self._patient.meta.region_name
         self._met = False
+        self._server = ""
         self._guards: dict[str, Callable[[], None]] = {}
         events = self._patient.meta.events
+        events.register("before-parse.s3", self._look)
         for operation in ("PutObject", "CompleteMultipartUpload"):
             events.register(f"before-parameter-build.s3.{operation}", self._choose_guard)
             events.register(f"request-created.s3.{operation}", _ask_guard)
@@ -72,6 +74,15 @@ class Bucket:
             yield
         finally:
             del self._guards[name]
+
+    @property
+    def in_full(self) -> str:
+        """The bucket in messages: its name, the endpoint, and what the service calls itself."""
+        server = f" (Server: {self._server})" if self._server else ""
+        return f"bucket {self.name!r} at {self.endpoint}{server}"
+
+    def _look(self, response_dict: dict[str, Any], **_: Any) -> None:
+        self._server = printable(response_dict["headers"].get("server", ""))
 
     def _choose_guard(self, params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
         context["fpo_guard"] = self._guards.get(params["Key"])

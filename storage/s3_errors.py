@@ -55,8 +55,13 @@ def is_missing(error: ClientError) -> bool:
 
 
 def is_refused_precondition(error: ClientError) -> bool:
-    """Whether If-Match or If-None-Match did not hold."""
-    return _status(error) == 412
+    """Whether If-Match or If-None-Match did not hold (304: as some services say it)."""
+    return _status(error) in (304, 412)
+
+
+def printable(header: str) -> str:
+    """Return the beginning of a header's value, for a message."""
+    return "".join(c for c in header[:60] if c.isprintable()).strip()
 
 
 def _status(error: ClientError) -> int:

@@ -62,15 +62,7 @@ class Store:
         Raises:
             StoreError: naming the store and what to do.
         """
-        mark = f"writable-{uuid.uuid4().hex}.tmp"
-        self.backend.create(mark, b"1")
-        written_over = self.backend.create(mark, b"2")
-        self.backend.delete([mark])
-        if written_over:
-            raise StoreError(
-                f"the store {self.url!r} ignores the condition of a conditional write, without "
-                f"which two runs can damage each other's work; use another service"
-            )
+        self.backend.check_writable(f"writable-{uuid.uuid4().hex}.tmp")
 
     def state(self, stage: str, version: str) -> State:
         """Whether an artifact is there."""

@@ -337,15 +337,6 @@ with store.hold("reference", VERSION, lambda: None) as hold:
     assert ids == [f"{n:016x}" for n in range(120)]
 
 
-def test_a_service_that_ignores_conditions_is_refused(store, monkeypatch):
-    """Some take If-None-Match and write all the same."""
-    put = store.backend.put
-    monkeypatch.setattr(store.backend, "create", lambda key, data: put(key, data) or True)
-    with pytest.raises(StoreError, match="ignores the condition of a conditional write"):
-        store.check_writable()
-    assert list(store.backend.list("")) == []
-
-
 def test_an_artifact_that_is_removed_while_it_is_read(tmp_path):
     store = open_store(tmp_path / "store")
     artifact = make(store)
