@@ -1,15 +1,18 @@
 """How ``fpo plan`` shows what a run would cost."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from cli.show import new_table
 from tasks.estimate import Estimate, Estimates
-from tasks.judging_cost import JudgingCost
 from tasks.run import human_bytes
 from tasks.sweep import CellEstimates
+
+if TYPE_CHECKING:  # this imports Prefect, which takes seconds
+    from tasks.judging_cost import JudgingCost
 
 
 def print_estimates(estimates: Estimates) -> None:
@@ -53,7 +56,7 @@ def print_cell_estimates(cells: Sequence[CellEstimates]) -> None:
         console.print(f"- {line}", highlight=False, soft_wrap=True)
 
 
-def print_judging(costs: Sequence[JudgingCost]) -> None:
+def print_judging(costs: "Sequence[JudgingCost]") -> None:
     """A line a benchmark: what a judge would be asked, and what that costs at most."""
     console = Console()
     table: Table = new_table(

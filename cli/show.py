@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from rich import box
@@ -14,19 +14,21 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from flows.repair import Repaired
 from fpo_core.recipe import Recipe
-from fpo_core.report.comparison import ComparisonReport
 from storage.catalog import ArtifactInfo
 from storage.copy import Copied
 from storage.gc import Garbage
 from storage.lineage import Node
 from storage.store import Store
 from storage.verify import Verdict
-from tasks.check import SaeCheck
 from tasks.plan import Plan
 from tasks.reasons import Reason
 from tasks.run import human_bytes
+
+if TYPE_CHECKING:  # these import Prefect or draw, which takes seconds
+    from flows.repair import Repaired
+    from fpo_core.report.comparison import ComparisonReport
+    from tasks.check import SaeCheck
 
 _LONG_DIGEST = re.compile(r"[0-9a-f]{20,}")
 # Of an audit: too many for 80 columns unless its interval is what breaks.
@@ -197,7 +199,7 @@ def print_verdicts(verdicts: Sequence[Verdict], lost_refs: Sequence[str]) -> Non
         console.print("`fpo store repair` computes again what is damaged")
 
 
-def print_repaired(repaired: Sequence[Repaired]) -> None:
+def print_repaired(repaired: "Sequence[Repaired]") -> None:
     """What was computed again."""
     console = _console()
     for done in repaired:
@@ -254,7 +256,7 @@ def _age(created: str | None) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-def print_sae_checks(checks: Sequence[SaeCheck]) -> None:
+def print_sae_checks(checks: "Sequence[SaeCheck]") -> None:
     """The gate's figures of each SAE, and why one is not in its place."""
     console = _console()
     table = new_table("place", *SAE_FIGURES, "verdict")
@@ -277,7 +279,7 @@ def _figure(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
 
-def print_comparison(report: ComparisonReport) -> None:
+def print_comparison(report: "ComparisonReport") -> None:
     """The runs' metrics with intervals, and what each two of them differ by."""
     from fpo_core.report.comparison_tables import accuracy_differences, tables
     from fpo_core.report.comparison_tables import differences as pairwise

@@ -30,8 +30,8 @@ from fpo_core.models.source import identify
 from fpo_core.progress import Progress
 from fpo_core.recipe import Recipe
 from storage.store import Store
+from tasks.data_plan import rules_of
 from tasks.plan import Plan
-from tasks.tokenize import rules_of
 
 PLANNED_ROWS = 1000  # of each source that a plan reads
 STAGES = {"instructions": "sft", "tokenize": "data"}

@@ -1,4 +1,4 @@
-"""What of the data settings decides a stage's version: contents, settings, template's date."""
+"""The data settings of a recipe: what decides a stage's version, and the rules for bad rows."""
 
 import datetime as dt
 import hashlib
@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fpo_core.data.sources.identity import Resolved, identify_data
+from fpo_core.data.tokenization import Rules
+from fpo_core.data.truncation import Limits
 from fpo_core.models.chat_template import chat_template_of, writes_date
 from fpo_core.recipe import Recipe
 from fpo_core.recipe.data import HeldoutShare, SourceSettings, TextSettings
@@ -93,3 +95,20 @@ def _source_options(sources: Mapping[str, Sequence[SourceSettings]]) -> dict[str
 def digest_of(values: list[str]) -> str:
     """Digest texts, in their order."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def rules_of(recipe: Recipe, settings: TextSettings, section: str) -> Rules:
+    """Return what a recipe says about rows that do not fit, in `data` or `sft`."""
+    limits = Limits(
+        max_prompt_length=settings.max_prompt_length,
+        max_length=settings.max_length,
+        section=section,
+        truncation=settings.truncation,
+        truncate_answers=settings.truncate_answers,
+    )
+    return Rules(
+        limits=limits,
+        system=recipe.data.system,
+        max_bad_share=recipe.data.max_bad_share,
+        limit=settings.limit,
+    )

@@ -13,14 +13,12 @@ from fpo_core.data.metadata import MetadataColumns, metadata_columns
 from fpo_core.data.mixture import SplitSource, dialogue_sources, pair_sources
 from fpo_core.data.tokenization import Rules, Tokenization
 from fpo_core.data.tokenize import TokenizedPair
-from fpo_core.data.truncation import Limits
 from fpo_core.models.load import load_tokenizer
 from fpo_core.progress import Progress
-from fpo_core.recipe import Recipe
-from fpo_core.recipe.data import TextSettings
 from storage.schemas import pairs_schema
 from storage.writer import ArtifactWriter
 from tasks.announce import announce
+from tasks.data_plan import rules_of
 from tasks.run import Outcome, PipelineRun, Work
 
 _ARROW = {
@@ -52,23 +50,6 @@ def _instructions(run: PipelineRun, writer: ArtifactWriter) -> Work:
     sft = run.recipe.sft
     assert sft is not None
     return _tokenize(run, writer, dialogue_sources(sft), rules_of(run.recipe, sft, "sft"))
-
-
-def rules_of(recipe: Recipe, settings: TextSettings, section: str) -> Rules:
-    """Return what a recipe says about rows that do not fit, in `data` or `sft`."""
-    limits = Limits(
-        max_prompt_length=settings.max_prompt_length,
-        max_length=settings.max_length,
-        section=section,
-        truncation=settings.truncation,
-        truncate_answers=settings.truncate_answers,
-    )
-    return Rules(
-        limits=limits,
-        system=recipe.data.system,
-        max_bad_share=recipe.data.max_bad_share,
-        limit=settings.limit,
-    )
 
 
 def _tokenize(
