@@ -6,10 +6,12 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fpo_core.data.render import ChatFormat
 from fpo_core.data.sources.identity import Resolved, identify_data
 from fpo_core.data.tokenization import Rules
 from fpo_core.data.truncation import Limits
 from fpo_core.models.chat_template import chat_template_of, writes_date
+from fpo_core.models.load import load_tokenizer, tokenizer_folder
 from fpo_core.recipe import Recipe
 from fpo_core.recipe.data import HeldoutShare, SourceSettings, TextSettings
 from fpo_core.recipe.training import SftSettings
@@ -79,6 +81,36 @@ def instructions_part(recipe: Recipe, settings: SftSettings) -> dict[str, Any]:
     part |= recipe.data.model_dump(include={"template", "shard_pairs"})
     part |= {**_set_apart(settings, _TEXT_KEYS), **_set_apart(recipe.data, {"system"})}
     return part | _source_options({"data": settings.data})
+
+
+def sae_text_part(
+    recipe: Recipe, commit: str | None, dated: Mapping[str, str], unresolved: list[str]
+) -> dict[str, Any]:
+    """Name the settings that decide the windows an SAE is trained on; none for a stored SAE.
+
+    Args:
+        recipe: the recipe.
+        commit: of a model on the hub.
+        dated: the date that the template writes, where it writes one.
+        unresolved: receives the model where its tokenizer cannot be had.
+
+    Raises:
+        FPOError: the recipe's chat template does not fit the model.
+    """
+    if recipe.sae.train is None:
+        return {}
+    part: dict[str, Any] = {"kinds": [source.kind for source in recipe.sae.train.text]}
+    if any(kind != "text" for kind in part["kinds"]):
+        part |= {**_set_apart(recipe.data, {"template", "system"}), **dated}
+    source = recipe.model.source
+    folder = tokenizer_folder(source, commit or recipe.model.revision)
+    if folder is None:
+        if f"model {source}" not in unresolved:
+            unresolved.append(f"model {source}")
+        return part
+    bos = ChatFormat(load_tokenizer(folder), recipe.data.template).bos
+    # Windows without BOS are those of the first versions.
+    return {**part, "bos": list(bos)} if bos else part
 
 
 def _set_apart(settings: TextSettings, keys: Collection[str]) -> dict[str, Any]:

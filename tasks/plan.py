@@ -27,6 +27,7 @@ from tasks.data_plan import (
     TemplateDate,
     digest_of,
     instructions_part,
+    sae_text_part,
     template_date,
     tokenize_part,
 )
@@ -123,7 +124,8 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
     dated = {} if date is None else {"date": date.date}
     planner = _Planner(store)
     reference = _warm_start(recipe, planner, model.value, data, dated)
-    saes = [_sae_input(recipe, planner, reference, data)]
+    windows = sae_text_part(recipe, model.commit, dated, unresolved)
+    saes = [_sae_input(recipe, planner, reference, data, windows)]
     saes += [_stored_sae(other.source, unresolved) for other in recipe.sae.also]
     _check_features_fit(recipe)
     _check_saes_fit_the_model(recipe)
@@ -200,17 +202,22 @@ def _warm_start(
     return f"artifact:sft/{planner['sft']}"
 
 
-def _sae_input(recipe: Recipe, planner: _Planner, model: str, data: DataSources) -> str:
+def _sae_input(
+    recipe: Recipe,
+    planner: _Planner,
+    model: str,
+    data: DataSources,
+    windows: Mapping[str, Any],
+) -> str:
     """Identity of the SAE: of its files, or the version of the stage that trains it."""
     if recipe.sae.train is None:
         assert recipe.sae.source is not None
         return _stored_sae(recipe.sae.source, data.unresolved)
     settings = recipe.sae.train.model_dump(exclude={"text"})
-    kinds = [source.kind for source in recipe.sae.train.text]
     text = data.digest(source.path for source in recipe.sae.train.text)
     planner.add(
         "sae",
-        {**settings, "kinds": kinds, "layer": recipe.sae.layer, "site": recipe.sae.site},
+        {**settings, **windows, "layer": recipe.sae.layer, "site": recipe.sae.site},
         {"model": model, "text": text},
     )
     return f"artifact:sae/{planner['sae']}"

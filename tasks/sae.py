@@ -62,7 +62,7 @@ class TrainingSaver:
 
 
 def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
-    from fpo_core.data.text import token_windows
+    from fpo_core.data.text import Documents, token_windows
     from fpo_core.sae.coder import load_coder
     from fpo_core.sae.collect import SKIP_POSITIONS, collect_activations
     from fpo_core.sae.quality import sae_quality
@@ -71,23 +71,29 @@ def _train(run: PipelineRun, writer: ArtifactWriter) -> Work:
     settings, hookpoint = run.recipe.sae.train, run.recipe.sae.hookpoint
     assert settings is not None
     prepare_cpu(run.recipe.resources.threads)
-    folder = run.reference_folder()
+    run.record_date()
+    # A warm start keeps the tokenizer.
+    chat = run.chat_format(load_tokenizer(run.base_folder()))
     windows = token_windows(
-        settings.text, load_tokenizer(folder),
-        length=settings.context_length, max_tokens=settings.max_tokens,
+        settings.text,
+        Documents(chat, run.recipe.data.system),
+        length=settings.context_length,
+        max_tokens=settings.max_tokens,
         resolved=run.plan.resolved,
-    )  # fmt: skip
+    )
     heldout = max(1, int(len(windows) * settings.heldout_share))
     check_enough((len(windows) - heldout) * (settings.context_length - SKIP_POSITIONS), settings)
     device = inference_device()
-    model = load_model(folder, dtype="float32", attention=run.recipe.model.attention, device=device)
+    model = load_model(
+        run.reference_folder(), dtype="float32", attention=run.recipe.model.attention, device=device
+    )
     scratch = writer.scratch()
     activations = collect_activations(model, windows[:-heldout], hookpoint, scratch / "activations")
     metadata = {
         "model_name": run.recipe.model.source,
         "hook_name": f"blocks.{hookpoint.layer}.hook_{hookpoint.site}",  # sae-lens' words
         "context_size": settings.context_length,
-        "prepend_bos": False,
+        "prepend_bos": bool(chat.bos),
         "skipped_positions": SKIP_POSITIONS,
         "training_tokens": len(activations),
     }

@@ -145,6 +145,21 @@ class ChatFormat:
         after = self._answered[2]
         return after[len(after.rstrip()) :]
 
+    @cached_property
+    def bos(self) -> tuple[int, ...]:
+        """Return the BOS that every rendered text begins with, as token ids; () where none does.
+
+        A token that also opens the answer's turn (ChatML's, in some tokenizers) marks turns, not
+        the beginning, even where the tokenizer calls it BOS.
+
+        Raises:
+            FPOError: the template refuses a question with an answer, or writes nothing after it.
+        """
+        self.check_ends()
+        bos = self.tokenizer.bos_token_id
+        (ids,) = self.ids([self._answered[0]])
+        return (bos,) if ids[:1] == [bos] and bos not in ids[1:] else ()
+
     def up_to_end(self, text: str) -> str:
         """Return a rendered text up to the end of its last turn."""
         return text[: len(text) - len(self.tail)] if text.endswith(self.tail) else text

@@ -49,13 +49,18 @@ class Renderer:
             FPOError: a system turn that the template does not take, with `data.system=refuse`.
         """
         self._noted = set()
-        rendered = self._rendered(self._with_system_rule(given))
+        rendered = self._rendered(self.with_system_rule(given))
         wholes = [side[-1] for side in rendered.sides]
         self._noted |= check_rendered(self.chat, rendered.conversation, wholes)
         return rendered, self._noted
 
-    def _with_system_rule(self, given: Conversation) -> Conversation:
-        """Apply `data.system` where the template takes no system turn."""
+    def with_system_rule(self, given: Conversation) -> Conversation:
+        """Apply `data.system` where the template takes no system turn.
+
+        Raises:
+            Unusable: the row is to be left out.
+            FPOError: the rule is `refuse`.
+        """
         first = given.prompt[0]
         if first.role != SYSTEM or self.chat.takes_system:
             return given

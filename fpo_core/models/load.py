@@ -33,6 +33,31 @@ def model_folder(source: str, revision: str | None = None) -> Path:
         ) from error
 
 
+def tokenizer_folder(source: str, revision: str | None = None) -> Path | None:
+    """Return a folder with a model's tokenizer, without fetching the weights of one on the hub.
+
+    Args:
+        source: as of `model.source`.
+        revision: of a model on the hub.
+
+    Returns:
+        None where the hub does not answer.
+    """
+    if sources.is_package(source):
+        return model_folder(source)
+    if sources.is_folder(source):
+        return sources.existing_folder(source)
+    from huggingface_hub import snapshot_download
+
+    files = [pattern for pattern in sources.MODEL_FILES if pattern != "*.safetensors"]
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=files))
+    except Exception as error:
+        if not sources.hub_did_not_answer(error):
+            raise
+        return None
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder."""
     from transformers import AutoTokenizer

@@ -37,7 +37,7 @@ class SaeTextSettings(Settings):
     path: str = Field(description="file or hub split, as in data.train")
     kind: Literal["text", "instruction", "preference", "arena"] = Field(
         description="`text` rows, instruction/input/output or messages rows, preference pairs, or "
-        "Arena-Hard answers"
+        "Arena-Hard answers; all but `text` are rendered with data.template"
     )
 
 
@@ -48,7 +48,11 @@ class SaeTrainSettings(Settings):
     """
 
     text: tuple[SaeTextSettings, ...] = Field(description="training text")
-    context_length: Count = Field(default=256, description="tokens a training window")
+    context_length: Annotated[int, Field(ge=2)] = Field(
+        default=256,
+        description="tokens a training window, BOS included where the chat template writes it; the "
+        "first one is not trained on",
+    )
     max_tokens: Count = Field(
         default=1_000_000, description="most tokens whose activations are collected"
     )

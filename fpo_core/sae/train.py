@@ -17,17 +17,19 @@ from torch import Tensor
 from fpo_core.errors import FPOError
 from fpo_core.progress import Progress
 from fpo_core.recipe.schema import SaeTrainSettings
-from fpo_core.sae.collect import SINK_FACTOR
+from fpo_core.sae.collect import SINK_FACTOR, Activations
 from fpo_core.sae.train_state import Saver, load_training
 
 log = logging.getLogger("fpo.sae")
+
+MOST_LOST = 2.0**-10  # of weights rounded to float16, relative to their norm
 
 
 class ActivationOrder:
     """Endless batches of activations, each epoch in its own seeded order.
 
     Args:
-        activations: float16 [tokens, d_in].
+        activations: [tokens, d_in].
         rows: the rows to train on.
         batch: rows a batch.
         seed: of the order.
@@ -35,7 +37,7 @@ class ActivationOrder:
     """
 
     def __init__(
-        self, activations: np.memmap, rows: np.ndarray, batch: int, seed: int, scale: float
+        self, activations: Activations, rows: np.ndarray, batch: int, seed: int, scale: float
     ) -> None:
         self.activations, self.rows, self.batch = activations, rows, batch
         self.seed, self.scale = seed, scale
@@ -54,7 +56,7 @@ class ActivationOrder:
             self._order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
         rows = np.sort(self._order[index * self.batch : (index + 1) * self.batch])
         self.step += 1
-        return torch.from_numpy(self.activations[rows].astype(np.float32)) * self.scale
+        return torch.from_numpy(self.activations[rows]) * self.scale
 
 
 def check_enough(tokens: int, settings: SaeTrainSettings) -> None:
@@ -82,7 +84,7 @@ class Norms(NamedTuple):
     scale: float  # gives the kept rows a mean norm of sqrt(d_in), as sae-lens normalises
 
 
-def measure_norms(activations: np.memmap, *, chunk: int = 65_536) -> Norms:
+def measure_norms(activations: Activations, *, chunk: int = 65_536) -> Norms:
     """Find the attention sinks and the scale of everything else.
 
     A few tokens at the start of a text carry a norm a hundred times the others'. One of them in a
@@ -90,7 +92,7 @@ def measure_norms(activations: np.memmap, *, chunk: int = 65_536) -> Norms:
     """
     norms = np.concatenate(
         [
-            np.linalg.norm(activations[start : start + chunk].astype(np.float32), axis=1)
+            np.linalg.norm(activations[start : start + chunk], axis=1)
             for start in range(0, len(activations), chunk)
         ]
     )
@@ -100,7 +102,7 @@ def measure_norms(activations: np.memmap, *, chunk: int = 65_536) -> Norms:
 
 
 def train_sae(
-    activations: np.memmap,
+    activations: Activations,
     settings: SaeTrainSettings,
     metadata: dict[str, Any],
     folder: Path,
@@ -108,10 +110,10 @@ def train_sae(
     device: str = "cpu",
     saver: Saver | None = None,
 ) -> None:
-    """Train and save an SAE in sae-lens' disk format, in half precision.
+    """Train and save an SAE in sae-lens' disk format.
 
     Args:
-        activations: float16 [tokens, d_in].
+        activations: [tokens, d_in].
         settings: the recipe's ``sae.train``.
         metadata: what the SAE should declare (model, hook, BOS handling, context size).
         folder: receives ``cfg.json`` and ``sae_weights.safetensors``.
@@ -146,7 +148,7 @@ def train_sae(
     trainer.set_final_sae_metadata()
     # The SAE learned on scaled activations: folding the scale makes it read the model's own.
     trainer.sae.fold_activation_norm_scaling_factor(norms.scale)
-    save_half(trainer.sae, folder)
+    save_sae(trainer.sae, folder)
 
 
 def _trainer(
@@ -195,15 +197,26 @@ def _note(trainer: Any, out: Any) -> str:
     return f"loss {float(out.loss.detach()):.3f}, {dead} dead"
 
 
-def save_half(sae: Any, folder: Path) -> None:
-    """Save for inference in sae-lens' disk format with float16 weights (half the size)."""
+def save_sae(sae: Any, folder: Path) -> None:
+    """Save for inference in sae-lens' disk format.
+
+    In float16, which is half the size, where it holds every tensor. The bias of an SAE of large
+    activations is too large for it, and its encoder is too small: such an SAE stays in float32.
+    """
     from safetensors.torch import load_file, save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     weights, config = sae.save_inference_model(str(folder))
-    state = {name: value.to(torch.float16) for name, value in load_file(weights).items()}
-    save_file(state, weights)
+    state = load_file(weights)
+    dtype = torch.float16 if all(map(_fits_half, state.values())) else torch.float32
+    save_file({name: value.to(dtype) for name, value in state.items()}, weights)
     written = json.loads(Path(config).read_text())
-    written["dtype"] = "float16"
+    written["dtype"] = str(dtype).removeprefix("torch.")
     written["device"] = "cpu"  # where it was trained is no property of it
     Path(config).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+
+
+def _fits_half(weights: Tensor) -> bool:
+    """Return whether float16 keeps a tensor to its usual precision, 2 ** -11."""
+    lost = weights.half().float() - weights
+    return bool(lost.norm() <= MOST_LOST * weights.norm())

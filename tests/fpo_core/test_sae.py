@@ -15,6 +15,7 @@ import torch
 
 from fpo_core.errors import FPOError
 from fpo_core.sae.coder import load_coder
+from fpo_core.sae.collect import Activations
 from fpo_core.sae.source import sae_folder
 from tests.tiny import D_SAE, HIDDEN, save_sae
 
@@ -110,7 +111,8 @@ def test_the_shipped_sae_is_small_half_precision_and_readable_by_sae_lens():
 @pytest.mark.slow
 def test_the_shipped_saes_quality_is_what_its_readme_says():
     """Measured again on text that neither it nor its report has seen: this project's own pairs."""
-    from fpo_core.data.text import token_windows
+    from fpo_core.data.render import ChatFormat
+    from fpo_core.data.text import Documents, token_windows
     from fpo_core.models.load import load_model, load_tokenizer, model_folder, prepare_cpu
     from fpo_core.recipe import load_recipe
     from fpo_core.recipe.schema import SaeTextSettings
@@ -121,7 +123,8 @@ def test_the_shipped_saes_quality_is_what_its_readme_says():
     prepare_cpu(None)
     folder = model_folder(recipe.model.source)
     text = SaeTextSettings(path=recipe.data.heldout_sources[0].path, kind="preference")
-    windows = token_windows((text,), load_tokenizer(folder), length=256, max_tokens=2048)
+    documents = Documents(ChatFormat(load_tokenizer(folder), recipe.data.template))
+    windows = token_windows((text,), documents, length=256, max_tokens=2048)
     model = load_model(folder, dtype="float32", attention="sdpa")
     found = sae_quality(model, load_coder(SHIPPED), recipe.sae.hookpoint, windows)
     assert found["fvu"] == pytest.approx(1 - reported["explained_variance"], abs=0.1)
@@ -176,6 +179,9 @@ def test_the_sae_stage_trains_one_that_beats_its_start(fpo, tmp_path):
     assert 4 < quality["l0"] < 16
     ours, theirs = load_coder(folder), sae_lens_load(folder)
     assert theirs.cfg.metadata["hook_name"] == "blocks.1.hook_resid_post"
+    # ChatML's BOS opens every turn: windows begin with no other token than the text's.
+    assert theirs.cfg.metadata["prepend_bos"] is False
+    assert json.loads((folder / "cfg.json").read_text())["dtype"] == "float16"
     x = 3 * torch.randn(50, HIDDEN, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(ours.encode(x), theirs.encode(x), rtol=1e-4, atol=1e-4)
@@ -200,9 +206,10 @@ def test_activations_without_sinks_may_be_fewer_than_a_batch(tmp_path):
     from fpo_core.sae.train import train_sae
 
     settings = SaeTrainSettings(text=(), d_sae=12, k=2, steps=3, batch_tokens=64, lr=1e-3)
-    rows = np.memmap(tmp_path / "rows", np.float16, "w+", shape=(64, 8))
-    rows[:] = np.random.default_rng(0).normal(size=rows.shape)
-    rows[5] *= 1000
+    values = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+    values[5] *= 1000
+    rows = Activations(tmp_path / "rows", "w+", values.shape)
+    rows.put(0, values)
     with pytest.raises(FPOError, match=r"batch_tokens=64 is more than the 63 activations"):
         train_sae(rows, settings, {}, tmp_path / "sae")
 
@@ -264,7 +271,8 @@ def test_a_state_that_cannot_be_used_is_said(tmp_path):
     from fpo_core.sae.train import ActivationOrder, _trainer
     from fpo_core.sae.train_state import load_training, save_training
 
-    rows = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float16)
+    rows = Activations(tmp_path / "rows", "w+", (64, 8))
+    rows.put(0, np.random.default_rng(0).normal(size=rows.shape).astype(np.float32))
 
     def trainer(width):
         settings = SaeTrainSettings(
