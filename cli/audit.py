@@ -120,7 +120,11 @@ def _read_groups(path: Path) -> dict[str, list[int]]:
         return {
             str(one["name"]): [int(n) for n in one["features"]] for one in found["train"]["groups"]
         }
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except FileNotFoundError as error:
+        raise FPOError(f"--groups {path}: there is no such file") from error
+    except OSError as error:
+        raise FPOError(f"--groups {path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise FPOError(
             f"{path.name}: no feature groups; it is to have train.groups with name and features, "
             f"as `fpo cache group` prints them"

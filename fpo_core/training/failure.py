@@ -58,5 +58,6 @@ def _out_of_memory(output: Path) -> FPOError:
     return FPOError(
         f"the training workers were killed, most likely for memory ({peak}); lower "
         f"resources.tokens_per_batch, set train.activation_checkpointing=true, or spread the "
-        f"state over ranks with train.zero_stage"
+        f"state over ranks with train.zero_stage. The same command goes on from the last "
+        f"checkpoint, if there is one, unless a setting of train changed"
     )

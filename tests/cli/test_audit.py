@@ -103,3 +103,6 @@ def test_mistakes_are_told(audit, fpo, finished_run, tmp_path):
     groups.write_text("[]")
     none = audit("--groups", groups)
     assert "groups.yaml: no feature groups" in none.err
+    missing = audit("--groups", tmp_path / "nofile.yaml")
+    assert "nofile.yaml: there is no such file" in missing.err
+    assert "cannot be read (Is a directory)" in audit("--groups", tmp_path).err

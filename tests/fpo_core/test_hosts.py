@@ -147,7 +147,9 @@ def test_a_rank_that_was_killed_on_a_host_is_said_to_be(tmp_path):
     )
     lost = {"time": 1.0, "message": None, "traceback": "RuntimeError: Connection closed by peer"}
     (tmp_path / "error-rank0.json").write_text(json.dumps(lost))
-    assert "were killed, most likely for memory" in str(failure(tmp_path, 247))
+    said = str(failure(tmp_path, 247))
+    assert "were killed, most likely for memory" in said
+    assert "The same command goes on from the last checkpoint" in said
 
 
 def as_rank_0(*arguments: str, **environment: object) -> subprocess.CompletedProcess[str]:
