@@ -16,6 +16,7 @@ from fpo_core.bench import contents, prompts
 from fpo_core.errors import FPOError
 from fpo_core.models.source import cache_folder
 from fpo_core.recipe.base import Settings
+from fpo_core.validation import explain
 
 PACK_FILE = "pack.yaml"
 Kind = Literal["alpaca_eval", "arena_hard", "mt_bench", "ifeval"]
@@ -171,7 +172,7 @@ def read_settings(folder: Path) -> PackSettings:
         return PackSettings.model_validate(prompts.read_yaml(file))
     except ValidationError as error:
         raise FPOError(
-            f"{file}: {prompts.explain(error)}. Its keys are "
+            f"{file}: {explain(error, PackSettings)}. Its keys are "
             f"{', '.join(PackSettings.model_fields)}; a file has {', '.join(PackFile.model_fields)}"
         ) from error
 

@@ -15,6 +15,7 @@ from fpo_core.bench.contents import value_at
 from fpo_core.data.sources import read_sound_rows
 from fpo_core.errors import FPOError
 from fpo_core.recipe.base import Count, NonNegative
+from fpo_core.validation import explain
 
 # The verdicts of Arena-Hard are read by this pattern; a pack may state it, not change it.
 ARENA_LABELS = r"\[\[([AB<>=]+)\]\]"
@@ -64,7 +65,7 @@ def read_arena_judge(file: Path) -> ArenaJudge:
     try:
         judge = ArenaJudge.model_validate(values)
     except ValidationError as error:
-        raise FPOError(f"{file}: {explain(error)}") from error
+        raise FPOError(f"{file}: {explain(error, ArenaJudge)}") from error
     used = set().union(*(_placeholders(one, file) for one in judge.prompt_template))
     _check_placeholders(used, _ARENA_PLACES, f"{file}: prompt_template")
     if judge.regex_pattern != ARENA_LABELS:
@@ -107,21 +108,6 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise FPOError(f"{file}: holds {type(values).__name__}, not a mapping of keys")
     return values
-
-
-def explain(error: ValidationError) -> str:
-    """What pydantic refused, key by key."""
-    faults = []
-    for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            faults.append(f"unknown key {key!r}")
-        elif fault["type"] == "missing":
-            faults.append(f"{key!r} is missing")
-        else:
-            reason = fault["msg"].removeprefix("Value error, ")
-            faults.append(f"{key}: {reason} (given: {fault['input']!r:.80})")
-    return "; ".join(faults)
 
 
 def _placeholders(template: str, where: object) -> set[str]:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from fpo_core.bench.model import JudgeRequest, Reply
 from fpo_core.judge.cache import Answer
+from fpo_core.validation import explain
 
 # What some models do not take, and what is sent instead, in words.
 DECLINABLE = {
@@ -92,11 +93,8 @@ def read_answer(body: bytes) -> Answer:
     try:
         completion = _Completion.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise BadAnswer(
-            f"the answer is no chat completion ({place + ': ' if place else ''}{first['msg']})"
-        ) from None
+        faults = explain(error, _Completion)
+        raise BadAnswer(f"the answer is no chat completion ({faults})") from None
     choice, usage = completion.choices[0], completion.usage or _Usage()
     text = choice.message.content if choice.message.content is not None else choice.message.refusal
     if choice.finish_reason == "content_filter":

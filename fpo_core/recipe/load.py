@@ -1,18 +1,16 @@
 """Read a recipe: YAML, inheritance (``base:``), ``key.path=value`` overrides, and clear errors."""
 
-import difflib
-import types
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from fpo_core.errors import RecipeError
-from fpo_core.recipe.data import UNION_TAGS
 from fpo_core.recipe.schema import Recipe
 from fpo_core.recipe.yaml_text import read_yaml
+from fpo_core.validation import explain, nearest
 
 # The checkout's recipes/, beside the packages (the project is installed in place).
 SHIPPED = Path(str(files("fpo_core"))).parent / "recipes"
@@ -37,7 +35,7 @@ def find_recipe(name: str) -> Path:
     path = SHIPPED / f"{name}.yaml"
     if "/" in name or not path.is_file():
         raise RecipeError(
-            f"unknown recipe {name!r}{_nearest(name, shipped_recipes())} Recipes: "
+            f"unknown recipe {name!r}{nearest(name, shipped_recipes())} Recipes: "
             f"{', '.join(shipped_recipes())}; or give the path of a .yaml file"
         )
     return path
@@ -61,7 +59,7 @@ def load_recipe(name: str, overrides: Iterable[str] | Mapping[str, Any] = ()) ->
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(_explain(path, error)) from error
+        raise RecipeError(f"recipe {path.name}: {explain(error, Recipe)}") from error
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -135,64 +133,3 @@ def _numbers(value: Any) -> Any:
         except ValueError:
             return value
     return value
-
-
-def _explain(path: Path, error: ValidationError) -> str:
-    lines = []
-    for fault in error.errors():
-        place = [str(part) for part in fault["loc"] if part not in UNION_TAGS]
-        key = ".".join(place)
-        if fault["type"] == "extra_forbidden":
-            allowed = valid_keys(place[:-1])
-            known = difflib.get_close_matches(place[-1], allowed, n=1)
-            near = _nearest(place[-1], allowed) if known else _nearest_anywhere(place[-1])
-            where = f" in {'.'.join(place[:-1])!r}" if place[:-1] else ""
-            lines.append(f"unknown key {key!r}{near} Valid{where}: {', '.join(allowed)}")
-        elif fault["type"] == "missing":
-            lines.append(f"{key!r} is missing and has no default")
-        else:
-            reason = fault["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(fault["input"], dict) else f" (given: {fault['input']!r})"
-            lines.append(f"{key}: {reason}{given}" if key else reason)
-    return f"recipe {path.name}: " + "; ".join(lines)
-
-
-def valid_keys(place: list[str]) -> list[str]:
-    """The keys of the section at ``place`` (a list of section names)."""
-    model: type[BaseModel] | None = Recipe
-    for part in place:
-        if part.isdigit():
-            continue
-        field = model.model_fields.get(part) if model else None
-        model = _section(field.annotation) if field else None
-    return sorted(model.model_fields) if model else []
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, types.UnionType, tuple):
-        found = (_section(part) for part in get_args(annotation) if part is not type(None))
-        return next((section for section in found if section), None)
-    return None
-
-
-def _all_keys() -> list[str]:
-    def walk(model: type[BaseModel], prefix: str) -> Iterable[str]:
-        for name, field in model.model_fields.items():
-            yield prefix + name
-            if section := _section(field.annotation):
-                yield from walk(section, f"{prefix}{name}.")
-
-    return list(walk(Recipe, ""))
-
-
-def _nearest(word: str, choices: list[str]) -> str:
-    near = difflib.get_close_matches(word, choices, n=1)
-    return f"; did you mean {near[0]!r}?" if near else "."
-
-
-def _nearest_anywhere(word: str) -> str:
-    """A key of that name in another section: ``alpha`` at the top means ``train.alpha``."""
-    same = [key for key in _all_keys() if key.rpartition(".")[2] == word]
-    return f"; did you mean {same[0]!r}?" if same else "."

@@ -18,6 +18,7 @@ from fpo_core.recipe.load import SHIPPED, load_recipe, parse_overrides
 from fpo_core.recipe.methods import METHODS
 from fpo_core.recipe.schema import Recipe
 from fpo_core.recipe.yaml_text import read_yaml
+from fpo_core.validation import explain
 
 Values = Mapping[str, Any]  # by the recipe's key, "train.alpha"
 
@@ -81,7 +82,9 @@ def load_preset(name: str) -> Preset:
         )
     try:
         return Preset.model_validate(read_yaml(path.read_text(encoding="utf-8")))
-    except (RecipeError, ValidationError) as error:
+    except ValidationError as error:
+        raise RecipeError(f"sweep {path.name}: {explain(error, Preset)}") from error
+    except RecipeError as error:
         raise RecipeError(f"sweep {path.name}: {error}") from error
 
 

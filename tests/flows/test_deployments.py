@@ -44,7 +44,7 @@ def test_a_deployment_is_of_a_flow_and_a_recipe(deployment):
         ("train.alhpa=1", "unknown key 'train.alhpa'; did you mean 'alpha'?"),
         ("alpha=1", "did you mean 'train.alpha'?"),
         ("train.alpha", "write key.path=value, such as train.alpha=1.0"),
-        ("train.alpha=high", "train.alpha: Input should be a valid number"),
+        ("train.alpha=high", "train.alpha: expected a number, but got 'high'"),
     ],
 )
 def test_a_wrong_override_is_told_as_on_the_command_line(prefect_server, fpo, override, told):

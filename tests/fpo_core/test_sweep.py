@@ -65,7 +65,7 @@ def test_every_combination_is_a_cell_whose_overrides_make_its_recipe():
     [
         ({"train.alhpa": [1]}, "cell alhpa 1: .*unknown key 'train.alhpa'; did you mean 'alpha'"),
         ({"train.method": ["dpo", "fop"]}, "cell method fop: .*unknown objective; did you mean"),
-        ({"train.alpha": [0.1, -1]}, "cell alpha -1: .*greater than or equal to 0"),
+        ({"train.alpha": [0.1, -1]}, "cell alpha -1: .*at least 0"),
     ],
 )
 def test_a_cell_that_is_no_recipe_is_named(grid, message):
