@@ -18,10 +18,29 @@ STOCK = re.compile(
     r"|should|Value error|ensure this|Settings\b|constrained|literal\[|NoneType|another value"
 )
 WRONG = [
-    "fast", "", "x" * 300, -1, 0, 1.5, 2**70, 10**400, float("inf"), float("nan"), True, None,
-    [], [-1], [[1]], ["fast", {"no_such": 1}], {}, {"no_such": 1}, {"constant": [1]}, {1: 2},
-    "2024-13-01", b"\xff",
-]  # fmt: skip
+    "fast",
+    "",
+    "x" * 300,
+    -1,
+    0,
+    1.5,
+    2**70,
+    10**400,
+    float("inf"),
+    float("nan"),
+    True,
+    None,
+    [],
+    [-1],
+    [[1]],
+    ["fast", {"no_such": 1}],
+    {},
+    {"no_such": 1},
+    {"constant": [1]},
+    {1: 2},
+    "2024-13-01",
+    b"\xff",
+]
 # Enough of each optional section that its settings exist.
 SECTIONS = {
     "sft": {"data": "x.jsonl"},
