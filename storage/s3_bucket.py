@@ -12,11 +12,12 @@ from botocore.exceptions import (
     ResponseStreamingError,
 )
 
+from storage.s3_answers import check_answer
 from storage.s3_client import S3Options, backoff, make_client
 from storage.s3_errors import BrokenAnswerError, is_broken, printable, told_in_words
 
 T = TypeVar("T")
-ATTEMPTS, FIRST_ATTEMPTS = 8, 3
+ATTEMPTS, FIRST_ATTEMPTS, FIRST_SECONDS = 8, 3, 15.0
 BLOCK_BYTES = 1 << 20
 
 # What reading a body can raise; botocore tries again only as long as no answer has begun.
@@ -37,14 +38,13 @@ class Bucket:
 
     def __init__(self, name: str, prefix: str, options: S3Options) -> None:
         self.name, self._prefix, self._options = name, prefix, options
-        self._patient = make_client(options)
+        self._server = ""
+        self._patient = self._make_client(options)
         self.endpoint: str = self._patient.meta.endpoint_url
         self.region: str = self._patient.meta.region_name
         self._met = False
-        self._server = ""
         self._guards: dict[str, Callable[[], None]] = {}
         events = self._patient.meta.events
-        events.register("before-parse.s3", self._look)
         for operation in ("PutObject", "CompleteMultipartUpload"):
             events.register(f"before-parameter-build.s3.{operation}", self._choose_guard)
             events.register(f"request-created.s3.{operation}", _ask_guard)
@@ -57,8 +57,14 @@ class Bucket:
         """
         if not self._met:
             attempts = min(FIRST_ATTEMPTS, self._options.max_attempts)
-            quick = make_client(self._options._replace(max_attempts=attempts))
-            quick.list_objects_v2(Bucket=self.name, Prefix=self._prefix, MaxKeys=1)
+            timeout = min(FIRST_SECONDS, self._options.read_timeout)
+            options = self._options._replace(max_attempts=attempts, read_timeout=timeout)
+            quick = self._make_client(options)
+            with self.in_words():
+                again(
+                    lambda: quick.list_objects_v2(Bucket=self.name, Prefix=self._prefix, MaxKeys=1),
+                    attempts,
+                )
             self._met = True
         return self._patient
 
@@ -81,8 +87,19 @@ class Bucket:
         server = f" (Server: {self._server})" if self._server else ""
         return f"bucket {self.name!r} at {self.endpoint}{server}"
 
-    def _look(self, response_dict: dict[str, Any], **_: Any) -> None:
+    def without_sha256(self) -> Any:
+        """Return another client, whose writes carry no checksum header."""
+        return self._make_client(self._options, sha256=False)
+
+    def _make_client(self, options: S3Options, *, sha256: bool = True) -> Any:
+        client = make_client(options, sha256=sha256)
+        # With this name before botocore's own handler, which calls a list that is no XML a 500.
+        client.meta.events.register_first("before-parse.*.*", self._look)
+        return client
+
+    def _look(self, operation_model: Any, response_dict: dict[str, Any], **_: Any) -> None:
         self._server = printable(response_dict["headers"].get("server", ""))
+        check_answer(operation_model.name, response_dict)
 
     def _choose_guard(self, params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
         context["fpo_guard"] = self._guards.get(params["Key"])
@@ -98,11 +115,11 @@ def _ask_guard(request: Any, **_: Any) -> None:
         guard()
 
 
-def again(call: Callable[[], T]) -> T:
+def again(call: Callable[[], T], attempts: int = ATTEMPTS) -> T:
     """Call until an answer arrives whole; what the service refuses is not asked again."""
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_broken),
-        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        stop=tenacity.stop_after_attempt(attempts),
         wait=lambda state: backoff(state.attempt_number),
         reraise=True,
     )(call)

@@ -42,14 +42,18 @@ class S3Options(NamedTuple):
     max_attempts: int = MAX_ATTEMPTS
 
 
-def make_client(options: S3Options) -> Any:
+def make_client(options: S3Options, *, sha256: bool = True) -> Any:
     """A boto3 S3 client. Credentials come from the standard AWS chain only.
+
+    Args:
+        options: where the service is.
+        sha256: every body carries its sha256.
 
     Raises:
         StoreError: an endpoint that is not an http(s) address, or that holds credentials.
     """
     try:
-        return _client(options)
+        return _client(options, sha256)
     except ProfileNotFound:
         raise StoreError(
             "the AWS profile that AWS_PROFILE names is not in the AWS configuration; correct it, "
@@ -64,7 +68,7 @@ def make_client(options: S3Options) -> Any:
         ) from None
 
 
-def _client(options: S3Options) -> Any:
+def _client(options: S3Options, sha256: bool) -> Any:
     session = _session(frozenset(i for i in os.environ.items() if i[0].startswith("AWS_")))
     region = options.region or os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
     endpoint = options.endpoint or _endpoint_of_environment()
@@ -85,7 +89,7 @@ def _client(options: S3Options) -> Any:
     )
     client = session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
     events = client.meta.events
-    for operation in ("PutObject", "UploadPart"):
+    for operation in ("PutObject", "UploadPart") if sha256 else ():
         events.register(f"before-parameter-build.s3.{operation}", _add_sha256)
     events.register("needs-retry.s3", _Resend(options.max_attempts))
     return client

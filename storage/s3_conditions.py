@@ -91,10 +91,32 @@ class ConditionalWrites:
                 if is_refused_precondition(error) or is_missing(error):
                     return False
                 if code_of(error) in _UNSUPPORTED:
+                    self._check_sha256(name, error)
                     header = "If-Match" if "IfMatch" in condition else "If-None-Match"
                     self._fail(header, f"it refused a write with that header ({code_of(error)})")
                 raise
         return True
+
+    def _check_sha256(self, name: str, error: ClientError) -> None:
+        """Raise if it is the checksum's header that the service refuses, not the condition's."""
+        plain = {"Bucket": self._bucket.name, "Key": f"{name}.{uuid.uuid4().hex}.tmp"}
+        client = self._bucket.without_sha256()
+        try:
+            client.put_object(**plain, Body=b"plain")
+        except ClientError:
+            raise error from None  # of another reason than headers of ours
+        try:
+            self._bucket.client.put_object(**plain, Body=b"plain")
+        except ClientError as again:
+            if code_of(again) not in _UNSUPPORTED:
+                raise
+            raise StoreError(
+                f"{self._bucket.in_full} refused a write with the header x-amz-checksum-sha256 "
+                f"({code_of(error)}). Every write carries it, so that damage on the way is found. "
+                f"Use a service or a proxy that takes it, such as AWS S3, MinIO or SeaweedFS"
+            ) from None
+        finally:
+            client.delete_object(**plain)
 
     def _read(self, name: str) -> tuple[bytes, str]:
         with self._bucket.in_words():

@@ -5,6 +5,7 @@ No message repeats what boto3 wrote: it can hold keys, signatures and signed add
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import BadStatusLine, RemoteDisconnected
 from typing import Any
 
 from boto3.exceptions import RetriesExceededError, S3UploadFailedError
@@ -19,6 +20,7 @@ from storage.errors import StoreError, StoreUnwritable
 _CREDENTIALS = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), as for the aws command"
 )
+_ENDPOINT = "Check AWS_ENDPOINT_URL, or store.endpoint in the recipe."
 _REFUSED = {
     "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken",
     "TokenRefreshRequired", "InvalidSecurity", "AuthFailure", "UnrecognizedClientException",
@@ -89,14 +91,16 @@ class BrokenAnswerError(Exception):
     """An answer that began and did not end well."""
 
 
+class NotS3Error(BrokenAnswerError):
+    """An answer that no S3 service gives; the message is its status and kind."""
+
+
 @contextmanager
 def told_in_words(bucket: str, endpoint: str) -> Iterator[None]:
-    """Turn boto3's errors into StoreErrors; preconditions and missing objects pass through."""
+    """Turn boto3's errors into StoreErrors, a missing object included where none can be missing."""
     try:
         yield
     except ClientError as error:
-        if is_missing(error) or is_refused_precondition(error):
-            raise
         raise explain_refusal(error, bucket, endpoint) from None
     except (
         *_BROKEN_TRANSFER, aws.BotoCoreError, ResponseParserError, S3UploadFailedError,
@@ -142,6 +146,12 @@ def explain_refusal(error: ClientError, bucket: str, endpoint: str) -> StoreErro
             f"{where}: the service keeps failing ({code}) after many attempts; run the same "
             f"command again later, what was finished is kept"
         )
+    if _status(error) == 404:
+        return StoreError(
+            f"{where}: the service finds nothing to {_action(error)} ({code}). The bucket, or what "
+            f"this run wrote to it, was deleted. Check that both exist, then run the same command "
+            f"again"
+        )
     return StoreError(f"{where}: the service refused to {_action(error)} ({code})")
 
 
@@ -164,10 +174,39 @@ def explain_failure(error: Exception, bucket: str, endpoint: str) -> StoreError:
     if isinstance(cause, aws.SSLError):
         return StoreError(f"{where}: TLS failed; is it http:// rather than https://?")
     if isinstance(cause, ResponseParserError):
-        return StoreError(f"{where}: what answers there does not speak S3; check the endpoint")
+        return StoreError(f"{where}: what answers there does not speak S3. {_ENDPOINT}")
+    if isinstance(cause, NotS3Error):
+        tls = " Is it https:// rather than http://?" if _may_be_tls(cause, endpoint) else ""
+        return StoreError(
+            f"{where}: what answers there does not speak S3 ({cause}). {_ENDPOINT}{tls}"
+        )
+    if isinstance(cause, aws.ReadTimeoutError):
+        return StoreError(
+            f"{where}: something accepts connections there and does not answer. {_ENDPOINT} If "
+            f"they are right, run the same command again later"
+        )
+    if isinstance(cause, aws.ConnectionClosedError) and _is_no_http(cause):
+        return StoreError(
+            f"{where}: what answers there does not speak HTTP, nor S3. {_ENDPOINT} Is it https:// "
+            f"rather than http://?"
+        )
     return StoreError(
         f"{where} cannot be reached ({type(cause).__name__}); check the endpoint (store.endpoint "
         f"in the recipe, or AWS_ENDPOINT_URL) and the network, then run the same command again"
+    )
+
+
+def _may_be_tls(cause: NotS3Error, endpoint: str) -> bool:
+    """Whether a server refused plain HTTP on its TLS port, as most word it: by 400."""
+    return endpoint.startswith("http://") and str(cause).startswith("400")
+
+
+def _is_no_http(error: aws.ConnectionClosedError) -> bool:
+    """Whether bytes came that are no HTTP, rather than none."""
+    inner = getattr(error.kwargs.get("error"), "args", ())
+    return any(
+        isinstance(cause, BadStatusLine) and not isinstance(cause, RemoteDisconnected)
+        for cause in inner
     )
 
 
@@ -175,6 +214,6 @@ def _action(error: ClientError) -> str:
     words = {
         "PutObject": "write", "UploadPart": "write", "CreateMultipartUpload": "write",
         "CompleteMultipartUpload": "write", "GetObject": "read", "HeadObject": "read",
-        "ListObjectsV2": "list", "DeleteObjects": "delete",
+        "ListObjectsV2": "list", "DeleteObject": "delete", "ListMultipartUploads": "list",
     }  # fmt: skip
     return words.get(str(error.operation_name), str(error.operation_name))
