@@ -18,8 +18,14 @@ _MARK = "fpo-write"  # metadata of conditional writes, by which the writer knows
 _NO_OBJECTS_ETAG = '"00000000000000000000000000000000"'
 # Codes of a request that a service or a proxy does not take: for all it knows, for its headers.
 _UNSUPPORTED = {
-    "NotImplemented", "InvalidArgument", "InvalidRequest", "MethodNotAllowed", "400", "405", "501",
-}  # fmt: skip
+    "NotImplemented",
+    "InvalidArgument",
+    "InvalidRequest",
+    "MethodNotAllowed",
+    "400",
+    "405",
+    "501",
+}
 
 
 class ConditionalWrites:

@@ -66,9 +66,11 @@ def test_a_file_that_keeps_size_and_time_has_its_new_identity(kind, change, tmp_
         "tokenizer": (model / "tokenizer.json", lambda: identify(str(model)).value),
         "template": (template, lambda: identify(str(model)).value),
         "sae": (sae / "sae_weights.safetensors", lambda: identify_sae(str(sae)).value),
-        "data": (save_pairs(tmp_path / "d.jsonl", 3),
-                 lambda: identify_data(str(tmp_path / "d.jsonl")).value),
-    }[kind]  # fmt: skip
+        "data": (
+            save_pairs(tmp_path / "d.jsonl", 3),
+            lambda: identify_data(str(tmp_path / "d.jsonl")).value,
+        ),
+    }[kind]
     age(path, monkeypatch)
     before, written, mtime = identity(), path.read_bytes(), path.stat().st_mtime_ns
     time.sleep(0.02)  # a tick of the file system's clock
@@ -117,10 +119,12 @@ def test_plan_rehash_reads_every_file_again(fpo, tmp_path, monkeypatch):
         (lambda m: (m / "model.safetensors.index.json").write_text("[]"), "expected a JSON object"),
         (lambda m: (m / "config.json").write_text("[" * 99_999), "nested too deeply"),
         (lambda m: (m / "config.json").write_text("{"), "not JSON"),
-        (lambda m: alter(m / "config.json", model_type="own", auto_map={"AutoConfig": "own.C"}),
-         "never run"),
+        (
+            lambda m: alter(m / "config.json", model_type="own", auto_map={"AutoConfig": "own.C"}),
+            "never run",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_folder_that_loads_more_than_its_files_is_refused(spoil, told, tmp_path):
     folder = save_model(tmp_path / "m")
     spoil(folder)
